@@ -1,0 +1,159 @@
+"""The blocks that recipes share: encoder, decoder, diffusion model, flow, optimiser, schedule."""
+
+import math
+from typing import Literal, Self
+
+from pydantic import model_validator
+
+from raecli.recipe.spec import Count, Duration, NonNegative, Positive, Probability, Spec
+
+Dtype = Literal["bf16", "fp16", "fp32"]
+Precision = Literal["bf16", "fp32"]
+
+
+class EncoderSpec(Spec):
+    """A frozen representation encoder, told so fully that another machine can check it has the same one. App. E.1.
+
+    `loader` says how the module is made: `timm` builds `architecture` by timm's name; `folder` reads a Hugging Face
+    `config.json` at `path`. `weights` is the file read, `weights_sha256` its digest.
+    """
+
+    name: str  # as the user wrote it: dinov2-b, timm:NAME, or a folder
+    family: Literal["dinov2", "dinov3", "siglip", "mae", "timm"]
+    loader: Literal["timm", "folder"]
+    architecture: str  # timm's model name, or the folder's model_type
+    path: str | None = None  # the Hugging Face folder
+    weights: str | None = None
+    weights_sha256: str | None = None
+    input_size: Count  # pixels a side that the encoder sees: 224 for DINOv2 on 256-pixel images
+    patch_size: Count
+    width: Count  # channels of a token
+    prefix_tokens: int  # class and register tokens in front, dropped
+    norm_eps: Positive  # of the last LayerNorm, which keeps no affine
+    position_antialias: bool = True  # of the bicubic resampling of position embeddings
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    layers: Literal["last"] = "last"
+
+    @property
+    def tokens_side(self) -> int:
+        """Tokens along one side: input_size / patch_size."""
+        return self.input_size // self.patch_size
+
+
+class DecoderSpec(Spec):
+    """ViT decoder from a latent map to pixels. App. E.2; sizes of Table 1b."""
+
+    width: Count
+    depth: Count
+    heads: Count
+    mlp_width: Count
+    patch_size: Count  # p_d; pixels a side per token. Unequal to the encoder's share: decoder upsampling, Table 9
+
+
+class DiffusionModelSpec(Spec):
+    """DiT, or DiT with a wide shallow DDT head. Sec. 5, Table 13."""
+
+    kind: Literal["dit", "dit_dh"]
+    width: Count
+    depth: Count
+    heads: Count
+    head_width: Count | None = None
+    head_depth: Count | None = None
+    head_heads: Count | None = None
+    patch_size: Count = 1
+    mlp_ratio: Positive = 4.0
+    in_channels: Count | None = None  # None: the cache's
+    input_size: Count | None = None  # latent side; None: the cache's
+    class_conditional: bool = True  # False: the null label alone, App. K
+    num_classes: int | None = None  # None: the cache's
+
+    @model_validator(mode="after")
+    def check_head(self) -> Self:
+        """A DDT head is told in full for dit_dh, and not at all for dit."""
+        told = [self.head_width, self.head_depth, self.head_heads]
+        if self.kind == "dit_dh" and None in told:
+            raise ValueError("kind dit_dh needs head_width, head_depth and head_heads")
+        if self.kind == "dit" and any(value is not None for value in told):
+            raise ValueError("kind dit has no head: remove head_width, head_depth and head_heads, or use kind dit_dh")
+        for width, heads, name in ((self.width, self.heads, ""), (self.head_width, self.head_heads, "head_")):
+            if width and heads and width % (heads * 4):
+                raise ValueError(f"{name}width {width} / {name}heads {heads}: 2-D RoPE needs a multiple of 4 channels a head")
+        return self
+
+
+class FlowSpec(Spec):
+    """Rectified flow between latents (t=0) and noise (t=1). Sec. 4 and 4.2."""
+
+    time_distribution: Literal["logit_normal", "uniform"] = "logit_normal"
+    time_mean: float = 0.0  # of logit(t), before the shift
+    time_std: Positive = 1.0
+    time_max: Positive = 1.0  # the paper trains on [0, 1]; the release truncates at 0.999
+    time_shift_dim: Count | None = None  # m; None: tokens x channels of the cache
+    time_shift_base: Count = 4096  # n
+
+    @model_validator(mode="after")
+    def check_time_max(self) -> Self:
+        """Time lies in [0, 1]."""
+        if self.time_max > 1:
+            raise ValueError("time_max is at most 1")
+        return self
+
+    @property
+    def time_shift(self) -> float:
+        """alpha = sqrt(m / n): 6.93 for 256 tokens of 768 channels."""
+        if self.time_shift_dim is None:
+            raise ValueError("time_shift_dim is not resolved against a cache yet")
+        return math.sqrt(self.time_shift_dim / self.time_shift_base)
+
+
+class OptimizerSpec(Spec):
+    """AdamW. App. F for diffusion, Table 12 for decoders."""
+
+    learning_rate: Positive
+    betas: tuple[Probability, Probability]
+    weight_decay: NonNegative = 0.0
+    clip_norm: Positive | None = None  # None: gradients are not clipped
+
+
+class ScheduleSpec(Spec):
+    """Learning rate over a run: linear warm-up, then a hold at the maximum, then the decay to its end."""
+
+    kind: Literal["constant", "linear", "cosine"]
+    warmup: Duration = "0 steps"
+    hold: Duration = "0 steps"  # at the maximum, after the warm-up
+    final_learning_rate: NonNegative | None = None
+
+    @model_validator(mode="after")
+    def check_final(self) -> Self:
+        """A decay has an end; a constant has none."""
+        if (self.kind == "constant") != (self.final_learning_rate is None):
+            raise ValueError("final_learning_rate is needed by linear and cosine, and by them alone")
+        return self
+
+
+class ReconstructionLossSpec(Spec):
+    """L1 plus a perceptual term, on images in [0, 1]. App. E.2.
+
+    `lpips` is LPIPS with VGG; `features` is the mean squared distance in the layers of a classifier of yours.
+    """
+
+    l1_weight: NonNegative = 1.0
+    perceptual: Literal["lpips", "features", "none"]
+    perceptual_weight: NonNegative = 1.0
+    perceptual_weights: str | None = None  # a file: VGG16 for lpips, a classifier for features
+
+    @model_validator(mode="after")
+    def check_weights(self) -> Self:
+        """A feature loss is nothing without its network."""
+        if self.perceptual == "features" and not self.perceptual_weights:
+            raise ValueError("perceptual: features needs perceptual_weights, the classifier's file")
+        return self
+
+
+class AugmentationSpec(Spec):
+    """Crops of training images. App. E.2: resized to 384, then a random crop of 256."""
+
+    resize: Count  # the shorter side, before the crop
+    crop: Literal["random", "center"]
+    horizontal_flip: bool = False

@@ -1,0 +1,158 @@
+"""What each stage is told: one recipe a stage, its first key `stage:`."""
+
+from typing import Literal, Self
+
+from pydantic import Field, model_validator
+
+from raecli.recipe.blocks import (
+    AugmentationSpec,
+    DecoderSpec,
+    DiffusionModelSpec,
+    Dtype,
+    EncoderSpec,
+    FlowSpec,
+    OptimizerSpec,
+    Precision,
+    ReconstructionLossSpec,
+    ScheduleSpec,
+)
+from raecli.recipe.spec import Count, Duration, NonNegative, Positive, Probability, Spec
+
+
+class EncodeCacheRecipe(Spec):
+    """Images to a latent cache."""
+
+    stage: Literal["encode-cache"]
+    encoder: EncoderSpec
+    source: str
+    output: str
+    image_size: Count = 256
+    views: Literal["center", "center+flip"] = "center"
+    dtype: Dtype = "bf16"  # on disk
+    precision: Precision = "bf16"  # of the encoder's matrix products
+    samples_per_shard: Count = 2048
+    batch_size: Count = 128
+    seed: int = 0
+    on_bad_image: Literal["fail", "skip"] = "fail"
+
+
+class TrainingRecipe(Spec):
+    """What the two training stages share."""
+
+    paper: str  # the row of the paper that this file reproduces, or what it is instead
+    cache: str
+    output: str
+    seed: int = 0
+    optimizer: OptimizerSpec
+    schedule: ScheduleSpec
+    duration: Duration
+    batch_size: Count  # global: micro_batch_size x accumulation x ranks
+    micro_batch_size: Count | None = None  # images a forward on one rank; None: batch_size / ranks
+    ema_decay: Probability
+    ema_ramp: bool = False  # min(decay, (1 + step) / (10 + step)), for short runs
+    precision: Precision = "bf16"
+    compile: bool = False
+    log_every: Count = 50
+    save_every: Duration = "1 epochs"
+    keep_checkpoints: Count = 2
+
+
+class TrainDecoderRecipe(TrainingRecipe):
+    """Stage 1: a decoder from latents to pixels. Sec. 3, Sec. 4.3, App. E.2."""
+
+    stage: Literal["train-decoder"]
+    images: str  # a folder or WebDataset tars
+    decoder: DecoderSpec
+    augmentation: AugmentationSpec
+    noise_tau: NonNegative  # tau of Sec. 4.3
+    noise_sigma: Literal["halfnormal", "uniform"] = "halfnormal"  # paper | release
+    loss: ReconstructionLossSpec
+    channels_last: bool = False
+
+
+class TrainDiffusionRecipe(TrainingRecipe):
+    """Stage 2: a diffusion transformer on cached latents. Sec. 4, Sec. 5, App. F."""
+
+    stage: Literal["train-diffusion"]
+    model: DiffusionModelSpec
+    flow: FlowSpec
+    label_dropout: Probability = 0.1
+    horizontal_flip: bool = True  # use the cache's flipped views, where it has them
+
+
+class SampleRecipe(Spec):
+    """Noise to images."""
+
+    stage: Literal["sample"]
+    model: str
+    autoencoder: str
+    output: str
+    num: Count
+    seed: int = 0
+    steps: Count = 50
+    solver: Literal["euler", "heun"] = "euler"
+    time_grid: Literal["paper", "released"] = "paper"
+    guidance_scale: Positive = 1.0
+    guidance_interval: tuple[Probability, Probability] = (0.0, 1.0)  # in shifted time, ends included
+    guide: str | None = None  # the weaker model of AutoGuidance; None: classifier-free guidance
+    classes: tuple[int, ...] | None = None  # None: all of them
+    batch_size: Count = 64
+    precision: Precision = "fp32"
+    format: Literal["png", "npz", "both"] = "png"
+    pixel_rounding: Literal["round", "floor"] = "round"
+    grid: int = Field(default=100, ge=0)  # images in grid.png; 0: none
+
+    @model_validator(mode="after")
+    def check_interval(self) -> Self:
+        """The interval has its ends in order."""
+        if self.guidance_interval[0] > self.guidance_interval[1]:
+            raise ValueError("guidance_interval: its first number is above its second")
+        return self
+
+
+class EvaluateRecipe(Spec):
+    """Samples and a reference to figures."""
+
+    stage: Literal["eval"]
+    metrics: tuple[Literal["fid", "accuracy"], ...]
+    samples: str
+    reference: str | None = None
+    inception: str | None = None  # torch-fidelity's Inception weights
+    features: str | None = None  # a feature network of the user's, instead of Inception
+    classifier: str | None = None  # for accuracy
+    batch_size: Count = 64
+    output: str | None = None
+
+
+class OverfitToyRecipe(Spec):
+    """Theorem 1 on one latent: a loss for each width, beside its bound. Sec. 4.1, App. G."""
+
+    stage: Literal["overfit-toy"]
+    preset: Literal["tiny", "small", "paper-cpu", "paper"]
+    widths: tuple[Count, ...]
+    depths: tuple[Count, ...]
+    heads: Count | None = None  # None: width / 64, at least 1
+    head: tuple[Count, Count] | None = None  # DDT head: width, depth
+    channels: Count  # n
+    tokens: Count
+    batch_size: Count
+    steps: Count
+    learning_rate: Positive
+    final_learning_rate: NonNegative | None  # None: constant
+    time_shift: Positive
+    evaluation_draws: Count
+    sample_steps: Count
+    seeds: tuple[int, ...]
+    output: str
+
+
+Recipe = EncodeCacheRecipe | TrainDecoderRecipe | TrainDiffusionRecipe | SampleRecipe | EvaluateRecipe | OverfitToyRecipe
+
+RECIPES: dict[str, type[Spec]] = {
+    "encode-cache": EncodeCacheRecipe,
+    "train-decoder": TrainDecoderRecipe,
+    "train-diffusion": TrainDiffusionRecipe,
+    "sample": SampleRecipe,
+    "eval": EvaluateRecipe,
+    "overfit-toy": OverfitToyRecipe,
+}

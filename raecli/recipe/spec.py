@@ -1,0 +1,41 @@
+"""The base of every recipe block: frozen, strict, no unknown keys."""
+
+import math
+import re
+from typing import Annotated, Any
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+
+DURATION = re.compile(r"([1-9][0-9]*|0|[0-9]*\.[0-9]+) (epochs?|steps?)")
+
+
+class Spec(BaseModel):
+    """A typed block of a recipe. Values are never coerced: "3" is not 3, 1 is not true."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, validate_default=True)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, ready for YAML or JSON, tuples as lists."""
+        return self.model_dump(mode="json")
+
+
+def check_duration(text: str) -> str:
+    """Refuse anything but "40 epochs" or "1500 steps"."""
+    if not DURATION.fullmatch(text):
+        raise ValueError('a duration reads like "40 epochs" or "1500 steps"')
+    return text
+
+
+Duration = Annotated[str, AfterValidator(check_duration)]
+Probability = Annotated[float, Field(ge=0.0, le=1.0)]
+Positive = Annotated[float, Field(gt=0.0)]
+NonNegative = Annotated[float, Field(ge=0.0)]
+Count = Annotated[int, Field(ge=1)]
+
+
+def duration_in_steps(duration: str, samples: int, batch_size: int) -> int:
+    """Optimiser steps in a duration; an epoch is one pass over `samples`, rounded up to whole steps."""
+    number, unit = duration.split()
+    if unit.startswith("step"):
+        return math.ceil(float(number))
+    return math.ceil(float(number) * samples / batch_size)
