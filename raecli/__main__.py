@@ -1,0 +1,28 @@
+"""The door: `rae` and `python -m raecli`."""
+
+import sys
+
+from raecli.errors import ExitCode, RaeError
+
+
+def main() -> None:
+    """Run the command line; every failure a user can cause ends in one message and its exit code."""
+    from raecli.cli.app import app
+
+    try:
+        app(prog_name="rae")
+    except RaeError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(int(error.exit_code))
+    except KeyboardInterrupt:
+        print("error: interrupted", file=sys.stderr)
+        sys.exit(int(ExitCode.INTERRUPTED))
+    except OSError as error:
+        from raecli.store.atomic import storage_error
+
+        print(f"error: {storage_error(error)}", file=sys.stderr)
+        sys.exit(int(ExitCode.STORAGE))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,43 @@
+"""All verbs of `rae`. Nothing here or in a verb's file imports torch or pydantic before it has work to do."""
+
+from typing import Annotated
+
+import typer
+
+from raecli import __version__
+from raecli.cli import encode_cache, evaluate, overfit_toy, recipes, sample, train
+
+app = typer.Typer(
+    name="rae",
+    help="Representation Autoencoders, and the diffusion transformers trained on them.\n\n"
+    "images -> encode-cache -> train-decoder, train-diffusion -> sample -> eval",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
+)
+
+
+def show_version(wanted: bool) -> None:
+    """Print the version and leave."""
+    if wanted:
+        typer.echo(f"rae {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=show_version, is_eager=True, help="Print the version and leave.")
+    ] = False,
+) -> None:
+    """Options before the verb."""
+
+
+app.command("encode-cache")(encode_cache.encode_cache)
+app.command("train-decoder")(train.train_decoder)
+app.command("train-diffusion")(train.train_diffusion)
+app.command("sample")(sample.sample)
+app.add_typer(evaluate.app, name="eval")
+app.command("overfit-toy")(overfit_toy.overfit_toy)
+app.add_typer(recipes.app, name="recipes")

@@ -1,0 +1,18 @@
+"""Options that several verbs share."""
+
+from typing import Annotated
+
+import typer
+
+DevicesOpt = Annotated[
+    int | None, typer.Option("--devices", help="Processes on this machine [default: every GPU, or 1 on a CPU].")
+]
+NnodesOpt = Annotated[int, typer.Option("--nnodes", help="Machines in the job.")]
+NodeRankOpt = Annotated[int, typer.Option("--node-rank", help="Which of them this is, from 0.")]
+RdzvOpt = Annotated[str | None, typer.Option("--rdzv", metavar="HOST:PORT", help="Address of machine 0.")]
+TimeoutOpt = Annotated[float, typer.Option("--timeout", help="Seconds that a collective may wait for a rank.")]
+DryRunOpt = Annotated[bool, typer.Option("--dry-run", help="Check everything, print recipe and plan, start nothing.")]
+JsonOpt = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")]
+OverridesArg = Annotated[
+    list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Recipe values to change: model.depth=12 steps ...")
+]

@@ -1,0 +1,193 @@
+"""Start a stage on one or many processes with torchrun's own engine, in this process, or join a torchrun already there."""
+
+import os
+import shlex
+import signal
+import sys
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from raecli.errors import ExitCode, Interrupted, Preempted, RaeError, UsageError, WorkerError
+from raecli.recipe.spec import Spec
+
+SHUTDOWN_SECONDS = 120  # for workers to save after TERM, before they are killed
+
+
+@dataclass(frozen=True)
+class LaunchOptions:
+    """How many processes, and where. `rdzv` is HOST:PORT of node 0, needed from two nodes up."""
+
+    devices: int | None = None  # a node; None: every GPU, or one process on a CPU
+    nnodes: int = 1
+    node_rank: int = 0
+    rdzv: str | None = None
+    timeout_seconds: float = 600.0  # of every collective
+
+
+def start(stage: str, recipe: Spec, launch: LaunchOptions, *, dry_run: bool = False) -> None:
+    """Run a stage by its resolved recipe; returns when all ranks are done.
+
+    Raises the RaeError whose exit code the first failed worker ended with. The worker has said why on stderr.
+    """
+    check_options(launch)
+    joined = joined_environment(os.environ)
+    if dry_run:
+        print_plan(stage, recipe, launch)
+        return
+    if joined is not None:
+        from raecli.stages.worker import run_stage
+
+        os.environ.update(joined)
+        run_stage(recipe, launch.timeout_seconds)
+        return
+    with tempfile.NamedTemporaryFile("w", prefix="rae-", suffix=".yaml", encoding="utf-8") as file:
+        from raecli.recipe.load import dump_recipe
+
+        file.write(dump_recipe(recipe))
+        file.flush()
+        run_elastic([sys.executable, "-m", "raecli.stages", file.name, str(launch.timeout_seconds)], launch)
+
+
+def check_options(launch: LaunchOptions) -> None:
+    """Refuse what no launcher can do."""
+    if launch.devices is not None and launch.devices < 1:
+        raise UsageError(f"--devices is {launch.devices}; it is at least 1")
+    if not 0 <= launch.node_rank < launch.nnodes:
+        raise UsageError(f"--node-rank is {launch.node_rank}, --nnodes is {launch.nnodes}; ranks are 0 to nnodes - 1")
+    if launch.nnodes > 1 and not launch.rdzv:
+        raise UsageError("--nnodes above 1 needs --rdzv HOST:PORT, the address of node 0")
+    if launch.rdzv and not launch.rdzv.rpartition(":")[2].isdigit():
+        raise UsageError(f"--rdzv is {launch.rdzv!r}; it reads HOST:PORT")
+
+
+def joined_environment(environment: Mapping[str, str]) -> dict[str, str] | None:
+    """torchrun's variables if this process was started by torchrun or srun already; None if it was not."""
+    told = [name for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT") if environment.get(name)]
+    if len(told) == 4:
+        joined = {"RANK": environment["RANK"], "WORLD_SIZE": environment["WORLD_SIZE"]}
+        joined["LOCAL_RANK"] = environment.get("LOCAL_RANK", "0")
+        return checked_ranks(joined)
+    if "RANK" in told or "WORLD_SIZE" in told:
+        raise UsageError(
+            f"the environment has {', '.join(told)} but not all of RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT; "
+            "unset them, or start with torchrun"
+        )
+    if environment.get("SLURM_STEP_NUM_TASKS", "1") == "1" or "SLURM_PROCID" not in environment:
+        return None
+    return slurm_environment(environment)
+
+
+def slurm_environment(environment: Mapping[str, str]) -> dict[str, str]:
+    """torchrun's variables out of srun's: one task is one rank."""
+    address = environment.get("MASTER_ADDR") or environment.get("SLURM_LAUNCH_NODE_IPADDR")
+    job = environment.get("SLURM_JOB_ID", "0")
+    if not address or not job.isdigit():
+        raise UsageError("started by srun, but MASTER_ADDR is not set: set it to the first node's name")
+    ranks = checked_ranks(
+        {
+            "RANK": environment["SLURM_PROCID"],
+            "WORLD_SIZE": environment["SLURM_STEP_NUM_TASKS"],
+            "LOCAL_RANK": environment.get("SLURM_LOCALID", "0"),
+        }
+    )
+    return ranks | {"MASTER_ADDR": address, "MASTER_PORT": environment.get("MASTER_PORT") or str(20000 + int(job) % 20000)}
+
+
+def checked_ranks(joined: dict[str, str]) -> dict[str, str]:
+    """Refuse junk in the variables that say who we are."""
+    for name, value in joined.items():
+        if not value.isdigit():
+            raise UsageError(f"the environment has {name}={value!r}, which is no number; unset it, or start with torchrun")
+    if int(joined["RANK"]) >= int(joined["WORLD_SIZE"]):
+        raise UsageError(f"the environment has RANK={joined['RANK']} in a world of {joined['WORLD_SIZE']}")
+    return joined
+
+
+def run_elastic(command: list[str], launch: LaunchOptions) -> None:
+    """Start the workers under torch.distributed's elastic agent and map how they end to our errors."""
+    import logging
+
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import elastic_launch
+
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # the worker says what failed
+    logging.getLogger("torch.distributed.launcher").setLevel(logging.CRITICAL)
+    config = elastic_config(launch)
+    try:
+        elastic_launch(config, command[0])(*command[1:])
+    except ChildFailedError as error:
+        raise error_of_workers({rank: failure.exitcode for rank, failure in error.failures.items()}) from None
+    except SignalException as error:
+        raise error_of_signal(error.sigval) from None
+
+
+def elastic_config(launch: LaunchOptions) -> Any:
+    """The agent's configuration: a free port on one node, node 0's address on many."""
+    from dataclasses import fields
+
+    import torch
+    from torch.distributed.elastic.multiprocessing.api import DefaultLogsSpecs
+    from torch.distributed.launcher.api import LaunchConfig
+
+    gpus = torch.cuda.device_count()
+    if gpus and launch.devices and launch.devices > gpus:
+        raise UsageError(f"--devices is {launch.devices}, this machine has {gpus} GPUs")
+    devices = launch.devices or max(gpus, 1)
+    if not gpus:
+        os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // devices)))
+    options: dict[str, Any] = {
+        "min_nodes": launch.nnodes,
+        "max_nodes": launch.nnodes,
+        "nproc_per_node": devices,
+        "run_id": "rae",
+        "max_restarts": 0,
+        "monitor_interval": 0.1,
+        "logs_specs": DefaultLogsSpecs(log_dir=os.devnull),
+        "signals_to_handle": "SIGTERM,SIGINT,SIGHUP,SIGUSR1",
+        "shutdown_timeout": SHUTDOWN_SECONDS,
+    }
+    if launch.nnodes == 1:
+        if Path("/sys/class/net/lo").exists():
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # hosts without a resolvable name
+        options |= {"rdzv_backend": "c10d", "rdzv_endpoint": "localhost:0", "local_addr": "localhost"}
+    else:
+        options |= {"rdzv_backend": "static", "rdzv_endpoint": launch.rdzv, "rdzv_configs": {"rank": launch.node_rank}}
+    known = {field.name for field in fields(LaunchConfig)}  # older torch lacks the last two options
+    return LaunchConfig(**{name: value for name, value in options.items() if name in known})
+
+
+def error_of_workers(exit_codes: Mapping[int, int]) -> RaeError:
+    """The error to end with. One worker's own verdict outweighs what its end did to the others."""
+    told = {code: rank for rank, code in exit_codes.items() if code in set(ExitCode) - {ExitCode.DONE, ExitCode.BUG}}
+    if told:
+        code = min(told)
+        error = RaeError(f"rank {told[code]} ended with exit code {code} ({ExitCode(code).name.lower()}); it said why above")
+        error.exit_code = ExitCode(code)
+        return error
+    rank, code = next(iter(exit_codes.items()))
+    if code < 0:
+        return WorkerError(f"rank {rank} was killed by {signal.Signals(-code).name}; run the same command to resume")
+    error = RaeError(f"rank {rank} ended with exit code {code}; its traceback is above: please report it as a bug")
+    error.exit_code = ExitCode.BUG
+    return error
+
+
+def error_of_signal(number: signal.Signals) -> RaeError:
+    """The error to end with after TERM, INT, HUP or USR1 to this process."""
+    if number == signal.SIGINT:
+        return Interrupted("interrupted; run the same command to resume")
+    return Preempted(f"stopped by {number.name}; run the same command to resume")
+
+
+def print_plan(stage: str, recipe: Spec, launch: LaunchOptions) -> None:
+    """What would run: the resolved recipe on stdout, the plan on stderr."""
+    from raecli.recipe.load import dump_recipe
+
+    print(dump_recipe(recipe), end="")
+    devices = launch.devices or "every GPU, or one process on a CPU"
+    print(f"plan: stage {stage}; nodes {launch.nnodes}; processes a node: {devices}", file=sys.stderr)
+    print(f"plan: to run it: rae {shlex.join(sys.argv[1:]).replace(' --dry-run', '')}", file=sys.stderr)

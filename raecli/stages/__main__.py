@@ -1,0 +1,13 @@
+"""What the launcher starts on every rank: `python -m raecli.stages RECIPE TIMEOUT`."""
+
+import os
+import sys
+
+from raecli.stages.worker import die_with_parent, work
+
+if __name__ == "__main__":
+    die_with_parent()
+    code = work(sys.argv[1], float(sys.argv[2]))
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)  # threads of a broken collective must not hold the process

@@ -1,0 +1,95 @@
+"""Files and folders that are complete or absent: written aside, flushed, renamed."""
+
+import contextlib
+import errno
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from raecli.errors import StorageError
+
+SCRATCH = ".partial-"  # private names start with this, then the process
+
+
+def scratch_of(path: Path) -> Path:
+    """A private name beside `path`, told by this process's id."""
+    return path.with_name(f"{SCRATCH}{os.getpid()}-{path.name}")
+
+
+@contextlib.contextmanager
+def atomic_file(path: Path) -> Iterator[Path]:
+    """Yield a scratch path; on success it becomes `path`, on failure it is gone."""
+    scratch = scratch_of(path)
+    try:
+        yield scratch
+        flush_to_disk(scratch)
+        scratch.replace(path)
+        flush_to_disk(path.parent)
+    finally:
+        scratch.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def atomic_folder(path: Path) -> Iterator[Path]:
+    """Yield a scratch folder; on success it becomes `path`, on failure it is gone. `path` must not exist."""
+    scratch = scratch_of(path)
+    scratch.mkdir(parents=True)
+    try:
+        yield scratch
+        for file in scratch.rglob("*"):
+            flush_to_disk(file)
+        flush_to_disk(scratch)
+        scratch.rename(path)
+        flush_to_disk(path.parent)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def flush_to_disk(path: Path) -> None:
+    """fsync a file or a folder."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file atomically, UTF-8."""
+    with atomic_file(path) as scratch:
+        scratch.write_text(text, encoding="utf-8")
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON atomically: sorted nothing, two spaces, a last newline."""
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def sweep_scratch(folder: Path) -> None:
+    """Remove scratch of processes that are dead (on this machine)."""
+    for path in folder.glob(f"{SCRATCH}*"):
+        process = path.name.removeprefix(SCRATCH).partition("-")[0]
+        if process.isdigit() and not Path(f"/proc/{process}").exists():
+            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+
+
+def sha256_of(path: Path) -> str:
+    """Hex digest of a file, streamed."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def storage_error(error: OSError) -> StorageError:
+    """An operating system's refusal, in words of the user's."""
+    where = error.filename or "(unnamed file)"
+    hints = {
+        errno.ENOSPC: "the disk is full: free space, then run the same command again",
+        errno.EDQUOT: "the disk quota is used up: free space, then run the same command again",
+        errno.EACCES: "no permission: choose another output, or change its permissions",
+        errno.EROFS: "the file system is read-only: choose another output",
+    }
+    return StorageError(f"{where}: {hints.get(error.errno or 0, error.strerror or error)}")
