@@ -78,7 +78,9 @@ class DiffusionModelSpec(Spec):
             raise ValueError("kind dit has no head: remove head_width, head_depth and head_heads, or use kind dit_dh")
         for width, heads, name in ((self.width, self.heads, ""), (self.head_width, self.head_heads, "head_")):
             if width and heads and width % (heads * 4):
-                raise ValueError(f"{name}width {width} / {name}heads {heads}: 2-D RoPE needs a multiple of 4 channels a head")
+                raise ValueError(
+                    f"{name}width {width} / {name}heads {heads}: 2-D RoPE needs a multiple of 4 channels a head"
+                )
         return self
 
 

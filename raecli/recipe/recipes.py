@@ -1,5 +1,6 @@
 """What each stage is told: one recipe a stage, its first key `stage:`."""
 
+import math
 from typing import Literal, Self
 
 from pydantic import Field, model_validator
@@ -129,24 +130,39 @@ class OverfitToyRecipe(Spec):
 
     stage: Literal["overfit-toy"]
     preset: Literal["tiny", "small", "paper-cpu", "paper"]
-    widths: tuple[Count, ...]
-    depths: tuple[Count, ...]
-    heads: Count | None = None  # None: width / 64, at least 1
+    widths: tuple[Count, ...] = Field(min_length=1)  # of the DiT, or of the backbone where there is a head
+    depths: tuple[Count, ...] = Field(min_length=1)
+    heads: Count | None = None  # attention heads at most; None: width / 64, at least 1
     head: tuple[Count, Count] | None = None  # DDT head: width, depth
     channels: Count  # n
-    tokens: Count
+    tokens: Count  # N, a square number
     batch_size: Count
     steps: Count
     learning_rate: Positive
     final_learning_rate: NonNegative | None  # None: constant
     time_shift: Positive
-    evaluation_draws: Count
-    sample_steps: Count
-    seeds: tuple[int, ...]
+    evaluation_draws: int = Field(ge=2)  # of (t, noise), for the mean and its standard error
+    sample_steps: Count  # of Euler
+    seeds: tuple[int, ...] = Field(min_length=1)  # each has its own latent, weights and noise
     output: str
+    print_json: bool = False  # the report on stdout, the table on stderr
+
+    @model_validator(mode="after")
+    def check_sizes(self) -> Self:
+        """Positions of a map want a square of tokens, and channels in fours."""
+        if math.isqrt(self.tokens) ** 2 != self.tokens:
+            raise ValueError(f"tokens is {self.tokens}; a map needs a square number: 1, 4, 9, 16 ...")
+        for width in [*self.widths, *(self.head or ())[:1]]:
+            if width % 4:
+                raise ValueError(
+                    f"width {width} is no multiple of 4, which 2-D positions need: try {width + 4 - width % 4}"
+                )
+        return self
 
 
-Recipe = EncodeCacheRecipe | TrainDecoderRecipe | TrainDiffusionRecipe | SampleRecipe | EvaluateRecipe | OverfitToyRecipe
+Recipe = (
+    EncodeCacheRecipe | TrainDecoderRecipe | TrainDiffusionRecipe | SampleRecipe | EvaluateRecipe | OverfitToyRecipe
+)
 
 RECIPES: dict[str, type[Spec]] = {
     "encode-cache": EncodeCacheRecipe,

@@ -13,6 +13,8 @@ from typing import Any
 from raecli.errors import StorageError
 
 SCRATCH = ".partial-"  # private names start with this, then the process
+UMASK = os.umask(0)
+os.umask(UMASK)
 
 
 def scratch_of(path: Path) -> Path:
@@ -26,6 +28,7 @@ def atomic_file(path: Path) -> Iterator[Path]:
     scratch = scratch_of(path)
     try:
         yield scratch
+        scratch.chmod(0o666 & ~UMASK)  # safetensors writes files for their owner alone
         flush_to_disk(scratch)
         scratch.replace(path)
         flush_to_disk(path.parent)
@@ -40,7 +43,8 @@ def atomic_folder(path: Path) -> Iterator[Path]:
     scratch.mkdir(parents=True)
     try:
         yield scratch
-        for file in scratch.rglob("*"):
+        for file in scratch.iterdir():
+            file.chmod(0o666 & ~UMASK)
             flush_to_disk(file)
         flush_to_disk(scratch)
         scratch.rename(path)

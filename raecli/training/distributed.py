@@ -9,6 +9,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from raecli.errors import UsageError
+
 
 @dataclass(frozen=True)
 class Ranks:
@@ -65,3 +67,15 @@ def leave_ranks() -> None:
     """Close the process group, where there is one."""
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+def decode_threads() -> int:
+    """Threads that a rank may use for decoding images: its share of this machine's cores."""
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return max(1, len(os.sched_getaffinity(0)) // local)
+
+
+def check_batch(batch_size: int, world: int) -> None:
+    """Refuse a global batch that the ranks cannot share evenly."""
+    if batch_size % world:
+        raise UsageError(f"batch_size {batch_size} cannot be shared by {world} ranks; take a multiple")

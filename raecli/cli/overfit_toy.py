@@ -1,0 +1,212 @@
+"""`rae overfit-toy`: Theorem 1 on one latent."""
+
+import enum
+import re
+import sys
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from raecli.cli.options import DevicesOpt, DryRunOpt, JsonOpt
+from raecli.errors import UsageError
+
+if TYPE_CHECKING:
+    from raecli.recipe.recipes import OverfitToyRecipe
+
+
+class Preset(enum.StrEnum):
+    """Sizes that were measured together."""
+
+    TINY = "tiny"
+    SMALL = "small"
+    PAPER_CPU = "paper-cpu"
+    PAPER = "paper"
+
+
+# Learning rate 2e-4 (App. G) is right near width 768 only; narrower models need more, about as 1 / width.
+PRESETS: dict[Preset, dict[str, Any]] = {
+    Preset.TINY: {
+        "widths": (32, 48, 56, 64, 72, 96),
+        "depths": (2,),
+        "heads": 2,
+        "channels": 64,
+        "tokens": 4,
+        "steps": 1500,
+        "learning_rate": 3e-3,
+        "final_learning_rate": 1.5e-4,
+        "time_shift": 1.0,
+        "evaluation_draws": 4096,
+    },
+    Preset.SMALL: {
+        "widths": (128, 192, 256, 320),
+        "depths": (2,),
+        "heads": 4,
+        "channels": 256,
+        "tokens": 4,
+        "steps": 1200,
+        "learning_rate": 1e-3,
+        "final_learning_rate": 5e-5,
+        "time_shift": 1.0,
+        "evaluation_draws": 4096,
+    },
+    Preset.PAPER_CPU: {
+        "widths": (384, 512, 640, 768, 896),
+        "depths": (2,),
+        "heads": None,
+        "channels": 768,
+        "tokens": 4,
+        "steps": 1200,
+        "learning_rate": 2e-4,
+        "final_learning_rate": None,
+        "time_shift": 1.0,
+        "evaluation_draws": 2048,
+    },
+    Preset.PAPER: {  # App. G, which swaps the words width and depth; heads as Table 13, where App. G says 4
+        "widths": (384, 512, 640, 768, 896),
+        "depths": (12,),
+        "heads": None,
+        "channels": 768,
+        "tokens": 256,
+        "steps": 1200,
+        "learning_rate": 2e-4,
+        "final_learning_rate": None,
+        "time_shift": (256 * 768 / 4096) ** 0.5,  # 6.93, Sec. 4.2
+        "evaluation_draws": 2048,
+    },
+}
+WIDTH_STEP = 128  # of A..B, the paper's
+MOST_VALUES = 64  # of one option: more is a slip of the keyboard
+COLLECTIVE_SECONDS = 86400.0  # ranks meet once, at the end: one may wait there for the others' wider models
+
+
+def overfit_toy(
+    preset: Annotated[Preset | None, typer.Option("--preset", help="Sizes [default: by device and width].")] = None,
+    width: Annotated[
+        str | None,
+        typer.Option("--width", metavar="WIDTHS", help="384 | 384..896 (steps of 128) | 32..96..16 | 32,64."),
+    ] = None,
+    depth: Annotated[str | None, typer.Option("--depth", metavar="DEPTHS", help="Blocks: 2 | 4,12 | 4..24..4.")] = None,
+    head: Annotated[
+        str | None, typer.Option("--head", metavar="WIDTHxDEPTH", help="A wide DDT head, such as 96x2: DiT-DH.")
+    ] = None,
+    channels: Annotated[int | None, typer.Option("--channels", help="Channels n of a token.", min=1)] = None,
+    seeds: Annotated[int, typer.Option("--seeds", help="Runs of each, from different latents.", min=1)] = 1,
+    steps: Annotated[int | None, typer.Option("--steps", help="Training steps.", min=1)] = None,
+    out: Annotated[str, typer.Option("--out", help="Folder for report.json and figure.png.")] = "runs/toy",
+    as_json: JsonOpt = False,
+    devices: DevicesOpt = None,
+    dry_run: DryRunOpt = False,
+) -> None:
+    """Show that a transformer narrower than a token cannot fit even one image (Theorem 1).
+
+    Overfits one latent with models of several widths d, and holds each loss against the bound (n - d)/n that no
+    depth, learning rate or time distribution can pass. The latent is synthetic: the bound does not depend on it.
+
+    \b
+    rae overfit-toy                               six widths around n = 64, under a minute on a CPU
+    rae overfit-toy --width 384..896              the paper's widths around n = 768
+    rae overfit-toy --width 48 --depth 1,2,6      depth does not help
+    rae overfit-toy --width 32 --head 96x2        a wide head does
+    """
+    from raecli.launch import LaunchOptions, start
+
+    widths = parse_numbers("--width", width, range_step=WIDTH_STEP) if width else None
+    depths = parse_numbers("--depth", depth, range_step=1) if depth else None
+    chosen, why = (preset, "as asked") if preset else choose_preset(widths)
+    values = PRESETS[chosen] | {
+        "stage": "overfit-toy",
+        "preset": chosen.value,
+        "head": parse_head(head) if head else None,
+        "batch_size": 32,
+        "sample_steps": 25,
+        "seeds": tuple(range(seeds)),
+        "output": out,
+        "print_json": as_json,
+    }
+    given = {"widths": widths, "depths": depths, "channels": channels, "steps": steps}
+    recipe = build_recipe(values | {name: value for name, value in given.items() if value is not None})
+    print(f"preset {chosen.value}, {why}; {expected_time(recipe)}", file=sys.stderr)
+    launch = LaunchOptions(devices=devices, timeout_seconds=COLLECTIVE_SECONDS)
+    start("overfit_toy", recipe, launch, dry_run=dry_run)
+
+
+def parse_numbers(option: str, text: str, *, range_step: int) -> tuple[int, ...]:
+    """Numbers out of a list of A, A..B and A..B..STEP, rising, each once."""
+    numbers: set[int] = set()
+    for part in text.split(","):
+        found = re.fullmatch(r"(\d{1,9})(?:\.\.(\d{1,9})(?:\.\.(\d{1,9}))?)?", part.strip(), re.ASCII)
+        if not found:
+            raise UsageError(
+                f"{option} is {text!r}; expected a number (384), a range A..B in steps of {range_step}, "
+                "a range A..B..STEP (32..96..16), or a list of these with commas"
+            )
+        first = int(found[1])
+        last, step = int(found[2] or first), int(found[3] or range_step)
+        numbers.update(checked_range(option, part.strip(), first, last, step))
+    return tuple(sorted(numbers))
+
+
+def checked_range(option: str, text: str, first: int, last: int, step: int) -> range:
+    """The numbers from first to last, both among them."""
+    if first < 1 or step < 1:
+        raise UsageError(f"{option} {text}: numbers and steps are at least 1")
+    if last < first:
+        raise UsageError(f"{option} {text}: a range rises; did you mean {last}..{first}?")
+    if (last - first) % step:
+        below = last - (last - first) % step
+        raise UsageError(
+            f"{option} {text}: steps of {step} from {first} reach {below} and then {below + step}, not {last}; "
+            f"write {first}..{below}..{step}, or another step"
+        )
+    if (last - first) // step >= MOST_VALUES:
+        raise UsageError(
+            f"{option} {text}: {(last - first) // step + 1} values; at most {MOST_VALUES}, take a larger step"
+        )
+    return range(first, last + 1, step)
+
+
+def parse_head(text: str) -> tuple[int, int]:
+    """WIDTHxDEPTH."""
+    found = re.fullmatch(r"([1-9]\d{0,8})x([1-9]\d{0,8})", text, re.ASCII)
+    if not found:
+        raise UsageError(f"--head is {text!r}; expected WIDTHxDEPTH, such as 96x2")
+    return int(found[1]), int(found[2])
+
+
+def choose_preset(widths: tuple[int, ...] | None) -> tuple[Preset, str]:
+    """The preset for this machine and these widths, and why."""
+    from torch.cuda import is_available
+
+    if is_available():
+        return Preset.PAPER, "since there is a GPU"
+    if widths is None:
+        return Preset.TINY, "since there is no GPU and no --width"
+    for preset, widest in ((Preset.TINY, 128), (Preset.SMALL, 320)):
+        if widths[-1] <= widest:
+            return preset, f"since there is no GPU and no width is above {widest}"
+    return Preset.PAPER_CPU, "since there is no GPU and a width is above 320"
+
+
+def build_recipe(values: dict[str, Any]) -> "OverfitToyRecipe":
+    """The typed recipe; its refusals in words for the command line."""
+    from pydantic import ValidationError
+
+    from raecli.recipe.recipes import OverfitToyRecipe
+
+    try:
+        return OverfitToyRecipe(**values)
+    except ValidationError as error:
+        raise UsageError("; ".join(e["msg"].removeprefix("Value error, ") for e in error.errors())) from None
+
+
+def expected_time(recipe: "OverfitToyRecipe") -> str:
+    """What runs, and about how long that takes on one CPU core, by a fit to runs at widths 32 to 896."""
+    parameters = sum(width**2 * depth for width in recipe.widths for depth in recipe.depths)  # in parts of a block
+    jobs = len(recipe.widths) * len(recipe.depths)
+    if recipe.head:
+        parameters += jobs * recipe.head[0] ** 2 * recipe.head[1]
+    step_seconds = 0.0035 * jobs + parameters * (58 + 28 * recipe.tokens) * 1e-9  # overhead; optimiser, and tokens
+    minutes = recipe.steps * len(recipe.seeds) * step_seconds / 60
+    sizes = f"n = {recipe.channels}, {recipe.tokens} tokens, {recipe.steps} steps"
+    time = f"about {max(1, round(minutes))} min" if minutes < 120 else f"about {round(minutes / 60)} hours"
+    return f"{sizes}: {time} on one CPU core"

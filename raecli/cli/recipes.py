@@ -1,0 +1,95 @@
+"""`rae recipes`: list, show, copy and check recipes. Touches no device and starts nothing."""
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from raecli.cli.options import JsonOpt
+
+app = typer.Typer(
+    name="recipes",
+    help="List, show, copy and check recipes.",
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+NameArgument = Annotated[str, typer.Argument(metavar="NAME", help="A shipped recipe: dith_xl, digits/decoder.")]
+
+
+@app.command("ls")
+def list_shipped(as_json: JsonOpt = False) -> None:
+    """List the shipped recipes: name, stage, and the row of the paper each reproduces."""
+    from raecli.recipe.shipped import list_recipes
+
+    rows = list_recipes()
+    if as_json:
+        typer.echo(json.dumps([row._asdict() for row in rows], indent=2))
+        return
+    name_width = max((len(row.name) for row in rows), default=0)
+    stage_width = max((len(row.stage) for row in rows), default=0)
+    for row in rows:
+        typer.echo(f"{row.name:<{name_width}}  {row.stage:<{stage_width}}  {row.paper}")
+
+
+@app.command("show")
+def show(name: NameArgument) -> None:
+    """Print a recipe as it is written, comments included."""
+    from raecli.recipe.shipped import find_shipped, read_text
+
+    typer.echo(read_text(find_shipped(name)), nl=False)
+
+
+@app.command("cp")
+def copy(
+    name: NameArgument,
+    destination: Annotated[str, typer.Argument(metavar="[DEST]", help="A file or a folder [default: here].")] = ".",
+    force: Annotated[bool, typer.Option("--force", help="Overwrite a file that is there.")] = False,
+) -> None:
+    """Copy a shipped recipe here, or to DEST, to edit it."""
+    from raecli.errors import UsageError
+    from raecli.recipe.shipped import find_shipped, read_text
+    from raecli.store.atomic import write_text
+
+    source = find_shipped(name)
+    target = Path(destination)
+    if target.is_dir():
+        target = target / source.name
+    elif destination.endswith("/") or not target.parent.is_dir():
+        raise UsageError(f"no folder to copy to: {destination}; make it first")
+    if target.exists() and not force:
+        raise UsageError(f"{target} is there already; give another name, or --force to overwrite it")
+    write_text(target, read_text(source))
+    typer.echo(target)
+
+
+@app.command("validate")
+def validate(
+    paths_and_overrides: Annotated[list[str], typer.Argument(metavar="RECIPE... [KEY=VALUE]...")],
+) -> None:
+    """Check recipes and tell all that is wrong with each. The KEY=VALUE overrides hold for all of them."""
+    from raecli.errors import UsageError
+    from raecli.recipe.load import load_recipe
+
+    overrides = [word for word in paths_and_overrides if is_override(word)]
+    paths = [word for word in paths_and_overrides if not is_override(word)]
+    if not paths:
+        raise UsageError("no recipe to check: give a file or the name of a shipped recipe before key=value")
+    complaints = []
+    for path in paths:
+        try:
+            spec = load_recipe(None, path, overrides)
+        except UsageError as error:
+            complaints.append(str(error))
+        else:
+            typer.echo(f"{path}: ok, {spec.to_dict()['stage']}")
+    if complaints:
+        raise UsageError("\n".join(complaints))
+
+
+def is_override(word: str) -> bool:
+    """key=value, unless a file of that very name is there."""
+    return "=" in word and not Path(word).exists()

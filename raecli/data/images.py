@@ -1,0 +1,145 @@
+"""Where images come from: class folders, a flat folder, or WebDataset tars. Listed in a fixed order, read by index."""
+
+import hashlib
+import re
+import tarfile
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from raecli.errors import InputError
+
+EXTENSIONS = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"}
+KEY_LENGTH = 80  # a tar's name has room for 100, with the ending
+
+
+@dataclass(frozen=True)
+class ImageItem:
+    """One image: its name in the source, its label, its size, and where its bytes lie."""
+
+    name: str
+    label: int
+    size: int
+    file: Path
+    offset: int | None = None  # inside a tar
+
+    def read(self) -> bytes:
+        """The encoded image."""
+        with self.file.open("rb") as file:
+            if self.offset is None:
+                return file.read()
+            file.seek(self.offset)
+            return file.read(self.size)
+
+
+@dataclass(frozen=True)
+class ImageSource:
+    """All images of a source, sorted by name, and the names of their classes (none for a flat folder)."""
+
+    path: Path
+    items: tuple[ImageItem, ...]
+    classes: tuple[str, ...]
+
+    def fingerprint(self) -> str:
+        """sha256 of names, labels and sizes: tells a changed source without reading its images."""
+        lines = "".join(f"{item.name}\t{item.label}\t{item.size}\n" for item in self.items)
+        return hashlib.sha256(lines.encode("utf-8", "surrogateescape")).hexdigest()
+
+
+def open_images(source: str | Path) -> ImageSource:
+    """List a source. Raises InputError if it is missing or holds no image."""
+    path = Path(source)
+    if path.is_file() and path.suffix == ".tar":
+        return tar_source(path, [path])
+    if not path.is_dir():
+        raise InputError(f"{path}: no such folder of images (class folders, a flat folder, or WebDataset tars)")
+    tars = sorted(path.glob("*.tar"))
+    result = tar_source(path, tars) if tars else folder_source(path)
+    if not result.items:
+        raise InputError(f"{path}: no images in it; known endings: {', '.join(sorted(EXTENSIONS))}, or .tar files of them")
+    return result
+
+
+def folder_source(path: Path) -> ImageSource:
+    """Class folders, where the first folder of a file's path names its class; or a flat folder without classes."""
+    files = sorted(file for file in path.rglob("*") if file.suffix.lower() in EXTENSIONS and is_shown(file, path))
+    names = [file.relative_to(path).as_posix() for file in files]
+    flat = [name for name in names if "/" not in name]
+    if flat and len(flat) < len(names):
+        raise InputError(f"{path}: {flat[0]} lies beside class folders; move it into one, or use a flat folder")
+    classes = () if flat else tuple(sorted({name.partition("/")[0] for name in names}))
+    labels = {name: label for label, name in enumerate(classes)}
+    items = tuple(
+        ImageItem(name, labels.get(name.partition("/")[0], 0) if classes else 0, file.stat().st_size, file)
+        for name, file in zip(names, files, strict=True)
+    )
+    return ImageSource(path, items, classes)
+
+
+def is_shown(file: Path, root: Path) -> bool:
+    """Whether no part of a path below the root is hidden."""
+    return not any(part.startswith(".") for part in file.relative_to(root).parts) and file.is_file()
+
+
+def tar_source(path: Path, tars: list[Path]) -> ImageSource:
+    """WebDataset tars: images with a `.cls` member of the same key, or without classes."""
+    items, labelled = [], 0
+    for tar in tars:
+        images, labels = scan_tar(tar)
+        for key, member in images.items():
+            name = f"{tar.stem}/{member.name}"
+            items.append(ImageItem(name, labels.get(key, 0), member.size, tar, member.offset_data))
+            labelled += key in labels
+    if labelled not in (0, len(items)):
+        raise InputError(f"{path}: {len(items) - labelled} of {len(items)} images have no .cls member; give all or none a label")
+    count = max(item.label for item in items) + 1 if labelled else 0
+    return ImageSource(path, tuple(items), tuple(str(label) for label in range(count)))
+
+
+def scan_tar(tar: Path) -> tuple[dict[str, tarfile.TarInfo], dict[str, int]]:
+    """Image members and labels of a tar, by key; only headers and labels are read."""
+    images: dict[str, tarfile.TarInfo] = {}
+    labels: dict[str, int] = {}
+    try:
+        with tarfile.open(tar, "r:") as archive:
+            for member in archive:
+                key, _, ending = member.name.rpartition("/")[2].partition(".")
+                key = f"{member.name.rpartition('/')[0]}/{key}"
+                if not member.isfile():
+                    continue
+                if f".{ending.rpartition('.')[2].lower()}" in EXTENSIONS:
+                    images[key] = member
+                elif ending == "cls":
+                    labels[key] = label_of(archive, member, tar)
+    except tarfile.TarError as error:
+        raise InputError(f"{tar}: not a readable tar: {error}") from None
+    cut = [member.name for member in images.values() if member.offset_data + member.size > tar.stat().st_size]
+    if cut:
+        raise InputError(f"{tar}: cut off inside {cut[0]}; copy the file again")
+    return images, labels
+
+
+def label_of(archive: tarfile.TarFile, member: tarfile.TarInfo, tar: Path) -> int:
+    """A .cls member's number."""
+    file = archive.extractfile(member)
+    text = file.read(20).decode("ascii", "replace").strip() if file else ""
+    if not text.isdigit():
+        raise InputError(f"{tar}: {member.name} holds {text!r}, not a class number")
+    return int(text)
+
+
+def unique_keys(names: Iterable[str]) -> list[str]:
+    """A WebDataset key for each image name: ASCII, no dot, at most 80 characters, no two alike."""
+    keys: list[str] = []
+    taken: set[str] = set()
+    for name in names:
+        folder, _, file = name.rpartition("/")
+        stem = file.rpartition(".")[0] or file
+        plain = re.sub(r"[^A-Za-z0-9_/-]", "_", f"{folder}/{stem}" if folder else stem)
+        digest = hashlib.sha256(name.encode("utf-8", "surrogateescape")).hexdigest()[:12]
+        key = plain if len(plain) <= KEY_LENGTH else f"{plain[: KEY_LENGTH - 13]}-{digest}"
+        if key in taken:
+            key = f"{key[: KEY_LENGTH - 13]}-{digest}"
+        taken.add(key)
+        keys.append(key)
+    return keys

@@ -1,0 +1,212 @@
+"""Sets of images to be measured: image folders, and npz files as ADM's evaluator reads them."""
+
+import json
+import zipfile
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+import torch
+from PIL import Image, UnidentifiedImageError
+from torch import Tensor
+
+from raecli.errors import InputError
+
+IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg"}
+ARRAY_SUFFIXES = {".npz", ".npy"}
+NOT_SAMPLES = {"grid.png", "picture.png"}  # pictures of many samples that lie beside them
+CARD = "samples.json"
+DECODERS = 4  # threads that decode images of a batch
+EXPECTED = "expected a folder of PNG or JPEG images, or an .npz with uint8 arr_0 [N, H, W, 3]"
+
+
+class FolderImages:
+    """Images of a folder and its sub-folders, sorted by their path in it, all of one size."""
+
+    def __init__(self, root: Path, files: tuple[str, ...]) -> None:
+        """`files`: paths in `root`, in order; the first one's size is everyone's."""
+        self.path = root
+        self.files = files
+        self.size = read_image(root / files[0]).shape[:2]
+
+    def __len__(self) -> int:
+        """Number of images."""
+        return len(self.files)
+
+    def names(self, start: int, stop: int) -> list[str]:
+        """What to call images start to stop in a message."""
+        return [str(self.path / file) for file in self.files[start:stop]]
+
+    def read(self, start: int, stop: int) -> Tensor:
+        """Images start to stop: uint8 [B, 3, H, W]."""
+        with ThreadPoolExecutor(DECODERS) as decoders:
+            return torch.from_numpy(np.stack(list(decoders.map(self.read_one, self.files[start:stop]))))
+
+    def read_one(self, file: str) -> np.ndarray:
+        """One image: uint8 [3, H, W] of the set's size."""
+        pixels = read_image(self.path / file)
+        if pixels.shape[:2] != self.size:
+            found, first = (f"{size[1]} x {size[0]}" for size in (pixels.shape, self.size))
+            raise InputError(
+                f"{self.path / file}: {found} pixels, but {self.files[0]} has {first}; a set's images have one size"
+            )
+        return pixels.transpose(2, 0, 1)
+
+    def folder_classes(self) -> list[str] | None:
+        """The class folder of each image, the first of its path; None if an image lies in the root itself."""
+        if any("/" not in file for file in self.files):
+            return None
+        return [file.partition("/")[0] for file in self.files]
+
+
+class ArrayImages:
+    """Images of an .npz's arr_0 or of an .npy: streamed from the file, never whole in memory."""
+
+    def __init__(self, path: Path) -> None:
+        """Reads the header only."""
+        self.path = path
+        self.stream = open_array(path)
+        shape = read_header(path, self.stream)
+        self.count, self.size = shape[0], shape[1:3]
+        self.bytes_each = shape[1] * shape[2] * 3
+        self.offset = self.stream.tell()
+
+    def __len__(self) -> int:
+        """Number of images."""
+        return self.count
+
+    def names(self, start: int, stop: int) -> list[str]:
+        """What to call images start to stop in a message."""
+        return [f"{self.path}, image {index}" for index in range(start, stop)]
+
+    def read(self, start: int, stop: int) -> Tensor:
+        """Images start to stop: uint8 [B, 3, H, W]. Reading forwards is cheap; backwards starts the file again."""
+        wanted = (stop - start) * self.bytes_each
+        try:
+            self.stream.seek(self.offset + start * self.bytes_each)
+            data = self.stream.read(wanted)
+        except (zipfile.BadZipFile, EOFError, OSError) as error:
+            raise InputError(f"{self.path}: damaged ({error}); make or download the file again") from error
+        if len(data) != wanted:
+            raise InputError(f"{self.path}: ends before image {stop - 1} of {self.count}; make the file again")
+        pixels = np.frombuffer(data, np.uint8).reshape(stop - start, *self.size, 3)
+        return torch.from_numpy(pixels.transpose(0, 3, 1, 2).copy())
+
+    def folder_classes(self) -> None:
+        """An array has no folders."""
+        return
+
+
+ImageSet = FolderImages | ArrayImages
+
+
+def locate_source(path: str) -> Path:
+    """The folder or array file meant by `path`: a folder with nothing but one .npz of images means that file."""
+    source = Path(path)
+    if not source.exists():
+        raise InputError(f"{source}: no such file or folder; {EXPECTED}")
+    if source.is_dir() and not image_files(source):
+        arrays = sorted(source.glob("*.npz"))
+        if len(arrays) == 1:
+            return arrays[0]
+    return source
+
+
+def holds_images(source: Path) -> bool:
+    """False for an .npz without arr_0: stored statistics alone. Anything else is for `open_images` to judge."""
+    if source.suffix != ".npz" or not zipfile.is_zipfile(source):
+        return True
+    with zipfile.ZipFile(source) as file:
+        return "arr_0.npy" in file.namelist()
+
+
+def open_images(source: Path) -> ImageSet:
+    """The images of a folder or array file, in their order."""
+    if source.is_dir():
+        files = image_files(source)
+        if not files:
+            raise InputError(f"{source}: no PNG or JPEG image in it; {EXPECTED}")
+        return FolderImages(source, files)
+    if source.suffix not in ARRAY_SUFFIXES:
+        raise InputError(f"{source}: neither a folder nor an .npz; {EXPECTED}")
+    return ArrayImages(source)
+
+
+def image_files(root: Path) -> tuple[str, ...]:
+    """Paths of the images under `root`, relative to it, sorted. Hidden files and pictures of grids are none."""
+    files = (file for file in root.rglob("*") if file.suffix.lower() in IMAGE_SUFFIXES and file.is_file())
+    wanted = (file for file in files if file.name not in NOT_SAMPLES and not file.name.startswith("."))
+    return tuple(sorted(file.relative_to(root).as_posix() for file in wanted))
+
+
+def read_image(path: Path) -> np.ndarray:
+    """One image file as uint8 [H, W, 3]."""
+    try:
+        with Image.open(path) as image:
+            if image.mode[0] in "IF":
+                raise InputError(f"{path}: pixels of mode {image.mode}, not 8 bits; save it as 8-bit RGB")
+            return np.asarray(image.convert("RGB"))
+    except (UnidentifiedImageError, Image.DecompressionBombError, OSError, SyntaxError, ValueError) as error:
+        raise InputError(f"{path}: cannot be read as an image ({error}); remove it or make it again") from error
+
+
+def open_array(path: Path) -> IO[bytes]:
+    """The stream of an .npy, or of the member arr_0 of an .npz."""
+    try:
+        if path.suffix == ".npy":
+            return path.open("rb")
+        return zipfile.ZipFile(path).open("arr_0.npy")
+    except KeyError as error:
+        raise InputError(f"{path}: no images in it (key arr_0 is missing); {EXPECTED}") from error
+    except (zipfile.BadZipFile, OSError) as error:
+        raise InputError(f"{path}: cannot be read ({error}); make or download the file again") from error
+
+
+def read_header(path: Path, stream: IO[bytes]) -> tuple[int, int, int, int]:
+    """Shape [N, H, W, 3] of an array of images, the stream left at its first pixel."""
+    readers = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+    try:
+        shape, by_columns, dtype = readers[np.lib.format.read_magic(stream)](stream)
+    except (ValueError, KeyError, zipfile.BadZipFile, EOFError) as error:
+        raise InputError(f"{path}: its array cannot be read ({error}); make or download the file again") from error
+    if dtype != np.uint8 or len(shape) != 4 or shape[3] != 3 or 0 in shape:
+        raise InputError(f"{path}: its array is {dtype} of shape {list(shape)}; expected uint8 [N, H, W, 3]")
+    if by_columns:
+        raise InputError(f"{path}: its array is in Fortran order; save it with numpy.ascontiguousarray")
+    return shape
+
+
+def rank_slice(count: int, rank: int, world: int) -> tuple[int, int]:
+    """First and one past the last of a rank's samples: every sample on exactly one rank, none padded, none twice."""
+    return rank * count // world, (rank + 1) * count // world
+
+
+def image_batches(images: ImageSet, start: int, stop: int, batch_size: int) -> Iterator[tuple[list[str], Tensor]]:
+    """Names and uint8 images [B, 3, H, W] from start to stop; one batch is read ahead of the caller."""
+    waiting: deque[tuple[list[str], Any]] = deque()
+    with ThreadPoolExecutor(1) as reader:
+        for first in range(start, stop, batch_size):
+            last = min(first + batch_size, stop)
+            waiting.append((images.names(first, last), reader.submit(images.read, first, last)))
+            if len(waiting) > 1:
+                names, batch = waiting.popleft()
+                yield names, batch.result()
+        for names, batch in waiting:
+            yield names, batch.result()
+
+
+def read_card(source: Path) -> dict[str, Any]:
+    """The protocol in samples.json, in a folder of samples or beside an array file; {} where there is none."""
+    card = (source if source.is_dir() else source.parent) / CARD
+    if not card.is_file():
+        return {}
+    try:
+        told = json.loads(card.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise InputError(f"{card}: not JSON ({error}); sample again, or remove it") from error
+    if not isinstance(told, dict):
+        raise InputError(f"{card}: not a JSON object; sample again, or remove it")
+    return told

@@ -1,0 +1,127 @@
+"""Trained artifacts to modules: a run folder, its final/, or one of its checkpoints. Nothing else is needed."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import ValidationError
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from raecli.errors import CheckpointError, InputError
+from raecli.models.autoencoder import Autoencoder
+from raecli.models.build import decoder_of, diffusion_of, encoder_of
+from raecli.recipe.blocks import DecoderSpec, DiffusionModelSpec, EncoderSpec, FlowSpec
+from raecli.store.atomic import sha256_of
+from raecli.store.checkpoint import CONFIG, EMA, MODEL, STATE, checkpoint_folders
+from raecli.store.encoders import resolve_encoder
+from raecli.store.manifest import differing_fields, encoder_identity, tuples
+from raecli.store.statistics import STATISTICS, LatentStatistics, load_statistics
+
+
+def artifact_folder(path: str | Path) -> Path:
+    """The folder with config.json and weights: final/ of a run, else its newest checkpoint, else the folder itself."""
+    folder = Path(path)
+    if (folder / "final" / CONFIG).is_file():
+        return folder / "final"
+    candidates = [folder, *checkpoint_folders(folder)]
+    for candidate in candidates:
+        if (candidate / CONFIG).is_file():
+            return candidate
+    raise CheckpointError(f"{folder}: no trained model here (no final/, no checkpoints/, no {CONFIG})")
+
+
+def read_artifact(path: str | Path, kind: str) -> tuple[Path, dict[str, Any], dict[str, Tensor]]:
+    """Folder, configuration and (averaged) weights of an artifact, held against its digests.
+
+    Raises CheckpointError if it is none, of another kind, or damaged.
+    """
+    folder = artifact_folder(path)
+    try:
+        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+        if config.get("format") != kind:
+            raise CheckpointError(f"{folder}: is a {config.get('format')!r}, expected {kind!r}")
+        is_checkpoint = (folder / STATE).is_file()
+        name = EMA if is_checkpoint else MODEL
+        digests = json.loads((folder / STATE).read_text(encoding="utf-8"))["sha256"] if is_checkpoint else config["sha256"]
+        if sha256_of(folder / name) != digests[name]:
+            raise CheckpointError(f"{folder / name}: its bytes changed since it was written; copy it again")
+        return folder, config, load_file(folder / name)
+    except (OSError, ValueError, KeyError, AttributeError, SafetensorError) as error:
+        raise CheckpointError(f"{folder}: not a whole artifact: {error}") from None
+
+
+def load_weights(model: nn.Module, weights: dict[str, Tensor], where: Path) -> None:
+    """Load exactly these weights. Raises CheckpointError with missing and unknown keys, or shapes that differ."""
+    expected = model.state_dict()
+    problems = [f"missing {name}" for name in sorted(expected.keys() - weights.keys())]
+    problems += [f"unknown {name}" for name in sorted(weights.keys() - expected.keys())]
+    problems += [
+        f"{name}: {tuple(weights[name].shape)}, expected {tuple(expected[name].shape)}"
+        for name in sorted(expected.keys() & weights.keys())
+        if expected[name].shape != weights[name].shape
+    ]
+    if problems:
+        raise CheckpointError(f"{where}: {len(problems)} keys do not fit: {'; '.join(problems)}")
+    model.load_state_dict(weights)
+
+
+def load_diffusion(path: str | Path, device: torch.device | str = "cpu") -> nn.Module:
+    """A trained DiT or DiT-DH, averaged weights: (noisy [B, C, H, W], t [B], labels [B]) -> velocity [B, C, H, W].
+
+    The module also has `time_shift`, `null_label`, `latent_shape` (C, H, W), `num_classes`, `classes` (names) and
+    `config` (all that the artifact says). Noisy latents are normalised ones.
+    """
+    folder, config, weights = read_artifact(path, "rae-diffusion")
+    try:
+        model = diffusion_of(DiffusionModelSpec.model_validate(tuples(config["recipe"]["model"])))
+        flow = FlowSpec.model_validate(tuples(config["recipe"]["flow"]))
+        latents = config["latents"]
+        model.latent_shape, model.classes = tuple(latents["shape"]), tuple(latents["classes"])
+    except (KeyError, TypeError, ValidationError, ValueError) as error:
+        raise CheckpointError(f"{folder / CONFIG}: not a diffusion model's: {error}") from None
+    load_weights(model, weights, folder)
+    model.time_shift, model.config, model.folder = flow.time_shift, config, folder
+    return model.to(device).eval().requires_grad_(False)
+
+
+def load_autoencoder(path: str | Path, device: torch.device | str = "cpu", *, encoder: bool = True) -> Autoencoder:
+    """A trained autoencoder: `.encode(images [B, 3, H, W] in [0, 1]) -> normalised latents`, and `.decode(latents)`.
+
+    encoder=False leaves the encoder out: enough to decode. The encoder's weights are looked for where they were when
+    the decoder was trained, then by name; other weights than those are refused (InputError).
+    """
+    folder, config, weights = read_artifact(path, "rae-decoder")
+    try:
+        spec = EncoderSpec.model_validate(tuples(config["latents"]["encoder"]))
+        decoder = decoder_of(DecoderSpec.model_validate(tuples(config["recipe"]["decoder"])), spec)
+        image_size = int(config["latents"]["image_size"])
+    except (KeyError, TypeError, ValidationError, ValueError) as error:
+        raise CheckpointError(f"{folder / CONFIG}: not a decoder's: {error}") from None
+    load_weights(decoder, weights, folder)
+    module = encoder_of(located(spec, image_size)) if encoder else None
+    statistics = statistics_of(folder)
+    pixels = (torch.tensor(spec.mean), torch.tensor(spec.std))
+    model = Autoencoder(module, decoder, statistics.mean, statistics.variance, pixels)
+    model.config, model.folder, model.image_size = config, folder, image_size
+    return model.to(device).eval().requires_grad_(False)
+
+
+def statistics_of(folder: Path) -> LatentStatistics:
+    """The latent statistics beside a model's weights."""
+    return load_statistics(folder / STATISTICS)
+
+
+def located(spec: EncoderSpec, image_size: int) -> EncoderSpec:
+    """The same encoder where its files are on this machine."""
+    if spec.weights and Path(spec.weights).is_file():
+        found = spec.model_copy(update={"weights_sha256": sha256_of(Path(spec.weights))})
+    else:
+        found = resolve_encoder(spec.name, image_size=image_size, input_size=spec.input_size)
+    fields = differing_fields(encoder_identity(found), encoder_identity(spec))
+    if fields:
+        lines = "".join(f"\n  {field}" for field in fields)
+        raise InputError(f"encoder {spec.name}: not the one that this autoencoder was made with{lines}")
+    return found

@@ -1,0 +1,136 @@
+"""Checkpoints: a folder of safetensors and JSON that is complete or absent. No pickle."""
+
+import json
+import shutil
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from raecli.errors import CheckpointError
+from raecli.store.atomic import atomic_folder, sha256_of, sweep_scratch, write_json
+from raecli.store.statistics import STATISTICS, LatentStatistics
+
+MODEL, EMA, OPTIMIZER, STATE, CONFIG = "model.safetensors", "ema.safetensors", "optimizer.safetensors", "state.json", "config.json"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A training state as read back."""
+
+    path: Path
+    step: int
+    state: dict[str, Any]
+    model: dict[str, Tensor]
+    ema: dict[str, Tensor]
+    optimizer: dict[str, Tensor]
+
+
+def contiguous(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors as safetensors stores them: on the CPU, dense, no two sharing memory."""
+    return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+
+
+def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """The optimiser's state by `parameter.name:entry`."""
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    return {
+        f"{names[parameter]}:{entry}": value
+        for parameter, entries in optimizer.state.items()
+        for entry, value in entries.items()
+    }
+
+
+def load_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
+    """Give the optimiser its saved state back, on the parameters' devices."""
+    parameters = dict(model.named_parameters())
+    for key, value in tensors.items():
+        name, _, entry = key.rpartition(":")
+        parameter = parameters[name]
+        optimizer.state[parameter][entry] = value.to(parameter.device)
+
+
+def save_checkpoint(
+    run: Path,
+    step: int,
+    *,
+    model: dict[str, Tensor],
+    ema: dict[str, Tensor],
+    optimizer: dict[str, Tensor],
+    statistics: LatentStatistics,
+    state: dict[str, Any],
+    config: dict[str, Any],
+    keep: int,
+) -> Path:
+    """Write `checkpoints/step-0000100/` of a run, then drop all but the newest `keep`."""
+    folder = run / "checkpoints" / f"step-{step:07d}"
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    if not folder.exists():
+        with atomic_folder(folder) as scratch:
+            save_file(contiguous(model), scratch / MODEL)
+            save_file(contiguous(ema), scratch / EMA)
+            save_file(contiguous(optimizer), scratch / OPTIMIZER)
+            statistics.save(scratch / STATISTICS)
+            write_json(scratch / CONFIG, config)
+            digests = {file.name: sha256_of(file) for file in sorted(scratch.iterdir())}
+            write_json(scratch / STATE, {"step": step, **state, "sha256": digests})
+    for old in checkpoint_folders(run)[keep:]:
+        shutil.rmtree(old)
+    return folder
+
+
+def checkpoint_folders(run: Path) -> list[Path]:
+    """A run's checkpoints, the newest first."""
+    return sorted((run / "checkpoints").glob("step-*"), reverse=True)
+
+
+def read_checkpoint(folder: Path) -> Checkpoint:
+    """Read a checkpoint, every file held against its digest. Raises CheckpointError saying what is wrong."""
+    try:
+        state = json.loads((folder / STATE).read_text(encoding="utf-8"))
+        for name, digest in state["sha256"].items():
+            if sha256_of(folder / name) != digest:
+                raise CheckpointError(f"{folder / name}: its bytes changed since it was written")
+        tensors = [load_file(folder / name) for name in (MODEL, EMA, OPTIMIZER)]
+        return Checkpoint(folder, int(state["step"]), state, *tensors)
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
+        raise CheckpointError(f"{folder}: not a whole checkpoint: {error}") from None
+
+
+def newest_checkpoint(run: Path) -> Checkpoint | None:
+    """The newest checkpoint that is whole; bad ones are named on stderr. None if the run has none at all.
+
+    Raises CheckpointError if there are some and none can be used: never silently from step 0.
+    """
+    if (run / "checkpoints").is_dir():
+        sweep_scratch(run / "checkpoints")
+    folders = checkpoint_folders(run)
+    for folder in folders:
+        try:
+            return read_checkpoint(folder)
+        except CheckpointError as error:
+            print(f"warning: {error}; trying the one before", file=sys.stderr)
+    if folders:
+        raise CheckpointError(f"{run}: none of its {len(folders)} checkpoints can be used; delete them to start anew")
+    return None
+
+
+def save_final(
+    run: Path, *, weights: dict[str, Tensor], statistics: LatentStatistics, config: dict[str, Any], card: str
+) -> Path:
+    """Write `final/`: the averaged weights and all that inference needs. An older one is replaced."""
+    folder = run / "final"
+    if folder.exists():
+        shutil.rmtree(folder)
+    with atomic_folder(folder) as scratch:
+        save_file(contiguous(weights), scratch / MODEL)
+        statistics.save(scratch / STATISTICS)
+        (scratch / "README.md").write_text(card, encoding="utf-8")
+        digests = {name: sha256_of(scratch / name) for name in (MODEL, STATISTICS)}
+        write_json(scratch / CONFIG, config | {"sha256": digests})
+    return folder

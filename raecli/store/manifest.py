@@ -1,0 +1,95 @@
+"""manifest.json of a latent cache: what it holds, what made it, and how to know that it is whole. No torch."""
+
+import json
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import ValidationError
+
+from raecli.errors import InputError
+from raecli.recipe.blocks import Dtype, EncoderSpec
+from raecli.recipe.spec import Count, Spec
+
+MANIFEST = "manifest.json"
+PREPROCESS = "adm-center-crop"  # guided-diffusion's: halve by BOX while twice too large, BICUBIC, crop the centre
+
+
+class ShardRecord(Spec):
+    """A finished shard."""
+
+    name: str
+    samples: int
+    bytes: int
+    sha256: str
+
+
+class SkippedImage(Spec):
+    """An image that could not be read, and why."""
+
+    source: str
+    reason: str
+
+
+class Manifest(Spec):
+    """A latent cache. Latents are stored un-normalised; `statistics.safetensors` has their mean and variance."""
+
+    format: Literal["rae-latents"] = "rae-latents"
+    version: Literal[1] = 1
+    encoder: EncoderSpec
+    image_size: Count
+    preprocess: Literal["adm-center-crop"] = PREPROCESS
+    latent_shape: tuple[int, int, int]
+    dtype: Dtype
+    views: Literal["center", "center+flip"]
+    classes: tuple[str, ...]  # names by label; empty: the images have no classes
+    samples: int
+    samples_per_shard: Count
+    seed: int
+    source_sha256: str  # of the list of image names and sizes
+    shards: tuple[ShardRecord, ...]
+    skipped: tuple[SkippedImage, ...] = ()
+
+
+def read_manifest(cache: str | Path) -> Manifest:
+    """The manifest of a cache folder. Raises InputError if there is none, or it is not one."""
+    folder = Path(cache)
+    path = folder / MANIFEST
+    if not folder.is_dir():
+        raise InputError(f"{folder}: no such folder; make the cache with rae encode-cache --encoder E IMAGES {folder}")
+    if not path.is_file():
+        raise InputError(f"{folder}: no {MANIFEST}, so this is no finished latent cache; run rae encode-cache again to finish it")
+    try:
+        return Manifest.model_validate(tuples(json.loads(path.read_text(encoding="utf-8"))))
+    except (ValueError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: not a manifest that this version reads: {reason(error)}") from None
+
+
+def tuples(value: Any) -> Any:
+    """JSON's lists as tuples, as the frozen specs hold them."""
+    if isinstance(value, list):
+        return tuple(tuples(item) for item in value)
+    if isinstance(value, dict):
+        return {key: tuples(item) for key, item in value.items()}
+    return value
+
+
+def reason(error: Exception) -> str:
+    """The first thing that is wrong, in one line."""
+    if isinstance(error, ValidationError):
+        first = error.errors()[0]
+        return f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
+    return str(error)
+
+
+def encoder_identity(encoder: EncoderSpec) -> dict[str, Any]:
+    """What makes two encoders the same: everything but where their files lie and how they were named."""
+    return {key: value for key, value in encoder.to_dict().items() if key not in ("name", "path", "weights")}
+
+
+def differing_fields(found: dict[str, Any], expected: dict[str, Any]) -> list[str]:
+    """`field: found X, expected Y` for each field that differs."""
+    return [
+        f"{key}: found {found.get(key)!r}, expected {expected.get(key)!r}"
+        for key in sorted(found.keys() | expected.keys())
+        if found.get(key) != expected.get(key)
+    ]

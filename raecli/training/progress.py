@@ -1,0 +1,43 @@
+"""How far a stage is: a bar on a terminal, a line every so often elsewhere. On stderr, by one rank."""
+
+import sys
+import time
+
+from tqdm import tqdm
+
+LINE_SECONDS = 15.0
+
+
+class Progress:
+    """Counts up to `total` of `unit`, e.g. images or steps."""
+
+    def __init__(self, total: int, unit: str, label: str, *, shown: bool, done: int = 0) -> None:
+        self.total, self.unit, self.label, self.shown = total, unit, label, shown
+        self.done = self.first = done
+        self.started = self.told = time.monotonic()
+        self.bar = None
+        if shown and sys.stderr.isatty():
+            self.bar = tqdm(total=total, initial=done, unit=unit.rstrip("s"), desc=label, file=sys.stderr, dynamic_ncols=True)
+
+    def advance(self, count: int = 1, note: str = "") -> None:
+        """Count on; `note` is shown behind the figures."""
+        self.done += count
+        if self.bar is not None:
+            self.bar.update(count)
+            if note:
+                self.bar.set_postfix_str(note)
+        elif self.shown and (self.done >= self.total or time.monotonic() - self.told >= LINE_SECONDS):
+            self.told = time.monotonic()
+            print(self.line(note), file=sys.stderr, flush=True)
+
+    def line(self, note: str) -> str:
+        """One line: how far, how fast, how long still."""
+        rate = (self.done - self.first) / max(time.monotonic() - self.started, 1e-9)
+        left = (self.total - self.done) / rate if rate else 0.0
+        text = f"{self.label}: {self.done}/{self.total} {self.unit}, {rate:.3g} {self.unit}/s, {left:.0f} s left"
+        return f"{text}, {note}" if note else text
+
+    def close(self) -> None:
+        """Leave the terminal tidy."""
+        if self.bar is not None:
+            self.bar.close()

@@ -1,0 +1,224 @@
+"""The shipped recipes against the paper: its Tables 12 and 13, Appendices E.2, F and H.3, written out here again."""
+
+import re
+
+import pytest
+import torch
+
+from raecli.models.build import diffusion_of
+from raecli.models.decoder import Decoder
+from raecli.recipe.load import dump_recipe, load_recipe
+from raecli.recipe.recipes import RECIPES, TrainDecoderRecipe, TrainDiffusionRecipe
+from raecli.recipe.shipped import shipped_files
+from raecli.recipe.strict_yaml import parse_yaml
+
+# Table 13: width, heads, depth.
+TABLE_13 = {"s": (384, 6, 12), "b": (768, 12, 12), "l": (1024, 16, 24), "xl": (1152, 16, 28)}
+# App. H.3, Table 15: 2 blocks, 2048 wide, which is size G of Table 13: 16 heads.
+HEAD = (2048, 16, 2)
+# Table 1b's ViT-B, ViT-L, ViT-XL as released: width, heads, depth, width of the MLP.
+DECODERS = {"b": (768, 12, 12, 3072), "l": (1024, 16, 24, 4096), "xl": (1152, 16, 28, 4096)}
+# Parameters of the released models for 256 tokens of 768 channels; they count the fixed tables too.
+PARAMETERS = {
+    "dith_s": 196_455_764,
+    "dith_b": 294_295_892,
+    "dith_l": 621_744_436,
+    "dith_xl": 838_675_796,
+    "dit_s": 33_649_792,
+    "dit_b": 131_884_288,
+    "dit_xl": 677_248_384,
+    "decoder_b_dinov2b": 86_435_328,
+    "decoder_l_dinov2b": 304_150_272,
+    "decoder_xl_dinov2b": 415_352_704,
+}
+# App. F: "All models are trained for 80 epochs unless otherwise specified"; Table 7: 800; Sec. 5.1: 400 at 512 pixels.
+EPOCHS = {"dith_xl": 800, "dith_xl_512": 400}
+DITH = ["dith_s", "dith_b", "dith_l", "dith_xl", "dith_xl_512"]
+DIT = ["dit_s", "dit_b", "dit_l", "dit_xl"]
+# The encoder of each decoder's cache, and the rFID in print: without noise (Table 1), with tau .8 (Table 14).
+DECODER_RECIPES = {
+    "decoder_b_dinov2b": ("dinov2b", "0.58", None),
+    "decoder_l_dinov2b": ("dinov2b", "0.50", None),
+    "decoder_xl_dinov2b": ("dinov2b", "0.49", "0.57"),
+    "decoder_xl_dinov2s": ("dinov2s", "0.52", "0.64"),
+    "decoder_xl_dinov2l": ("dinov2l", "0.52", "0.59"),
+    "decoder_xl_siglip2b": ("siglip2b", "0.53", "0.82"),
+    "decoder_xl_maeb": ("maeb", "0.16", "0.28"),
+}
+# Unguided and guided gFID: Sec. 5.1, Tables 5, 7 and 8; and Table 2's for DiT-S. The others are not in print.
+GFID = {
+    "dith_s": ["6.07"],
+    "dith_b": ["3.38"],
+    "dith_xl": ["1.53", "1.18"],
+    "dith_xl_512": ["1.13"],
+    "dit_s": ["215.76"],
+    "dit_xl": ["4.28"],
+}
+DIGITS = [f"digits/{name}" for name in ("decoder", "diffusion", "diffusion_dh", "diffusion_fast", "diffusion_narrow")]
+ALL = sorted([*DITH, *DIT, *DECODER_RECIPES, *DIGITS])
+RESOLVED = ["model.in_channels=768", "model.input_size=16", "model.num_classes=1000"]
+
+
+def diffusion(name, overrides=()):
+    return load_recipe(TrainDiffusionRecipe, str(shipped_files()[name]), overrides)
+
+
+def decoder(name):
+    return load_recipe(TrainDecoderRecipe, str(shipped_files()[name]))
+
+
+def size_of(name):
+    """The letter of Table 13, or of Table 1b, in a recipe's name."""
+    return name.split("_")[1]
+
+
+def trained(module):
+    return sum(parameter.numel() for parameter in module.parameters() if parameter.requires_grad)
+
+
+def test_the_shipped_recipes_are_these_twenty_one():
+    assert sorted(shipped_files()) == ALL
+    assert len(ALL) == 21
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_a_shipped_recipe_is_complete_names_its_row_and_survives_the_way_to_yaml(name, tmp_path):
+    path = shipped_files()[name]
+    text = path.read_text(encoding="ascii")
+    values = parse_yaml(text.encode()).values
+    spec = load_recipe(None, str(path))
+    kind = RECIPES[values["stage"]]
+    assert next(iter(values)) == "stage"
+    assert set(values) == set(kind.model_fields)
+    assert values["output"] == f"runs/{name}"
+    assert re.match(r"(Table|Section) \d" if "/" not in name else "none: ", values["paper"])
+    assert text.startswith("# ")
+    assert f"# Run:   rae {values['stage']} {name}" in text
+    assert ("# Not measured here" in text) == ("/" not in name)
+    copy = tmp_path / "copy.yaml"
+    copy.write_text(dump_recipe(spec))
+    assert load_recipe(kind, copy) == spec
+
+
+@pytest.mark.parametrize("name", [*DITH, *DIT])
+def test_diffusion_sizes_are_those_of_table_13(name):
+    model = diffusion(name).model
+    assert (model.width, model.heads, model.depth) == TABLE_13[size_of(name)]
+    assert model.kind == ("dit_dh" if name in DITH else "dit")
+    assert (model.head_width, model.head_heads, model.head_depth) == (HEAD if name in DITH else (None, None, None))
+    assert model.patch_size == 1  # App. F
+
+
+@pytest.mark.parametrize("name", [*DITH, *DIT])
+def test_diffusion_optimisation_is_that_of_appendix_f(name):
+    recipe = diffusion(name)
+    assert recipe.optimizer.learning_rate == 2e-4
+    assert recipe.optimizer.betas == (0.9, 0.95)  # App. G
+    assert recipe.optimizer.weight_decay == 0
+    assert recipe.batch_size == 1024
+    assert recipe.duration == f"{EPOCHS.get(name, 80)} epochs"
+    assert recipe.ema_decay == (0.9995 if name in DITH else 0.9999)
+    assert not recipe.ema_ramp
+    assert recipe.optimizer.clip_norm == (1.0 if name in DITH else None)  # the release's
+    schedule = recipe.schedule
+    told = (schedule.kind, schedule.warmup, schedule.hold, schedule.final_learning_rate)
+    assert told == (
+        ("linear", "0 steps", "40 epochs", 2e-5) if name in DITH else ("constant", "0 steps", "0 steps", None)
+    )
+
+
+@pytest.mark.parametrize("name", [*DITH, *DIT])
+def test_the_flow_is_that_of_section_4_with_the_caches_dimension(name):
+    flow = diffusion(name).flow
+    assert (flow.time_distribution, flow.time_mean, flow.time_std, flow.time_max) == ("logit_normal", 0, 1, 1)
+    assert (flow.time_shift_dim, flow.time_shift_base) == (None, 4096)
+    pixels = 512 if name.endswith("512") else 256
+    assert diffusion(name).cache == f"latents/imagenet{pixels}-dinov2b"
+    dimension = (pixels // 16) ** 2 * 768
+    # 6.9282 and 13.8564: sqrt(48) and sqrt(192).
+    resolved = diffusion(name, [f"flow.time_shift_dim={dimension}"]).flow
+    assert resolved.time_shift == pytest.approx({256: 6.9282, 512: 13.8564}[pixels], abs=1e-4)
+
+
+@pytest.mark.parametrize("name", sorted(GFID))
+def test_a_diffusion_recipe_names_the_papers_figures(name):
+    assert re.findall(r"\d+\.\d\d", diffusion(name).paper) == GFID[name]
+
+
+@pytest.mark.parametrize("name", sorted(DECODER_RECIPES))
+def test_decoder_sizes_and_caches_are_those_of_table_1(name):
+    recipe = decoder(name)
+    encoder, clean, noisy = DECODER_RECIPES[name]
+    size = recipe.decoder
+    assert (size.width, size.heads, size.depth, size.mlp_width) == DECODERS[size_of(name)]
+    assert size.patch_size == 16
+    assert recipe.cache == f"latents/imagenet256-{encoder}"
+    assert set(re.findall(r"\d\.\d\d", recipe.paper)) == {clean, noisy} - {None}
+
+
+@pytest.mark.parametrize("name", sorted(DECODER_RECIPES))
+def test_decoder_training_is_that_of_table_12_and_appendix_e2(name):
+    recipe = decoder(name)
+    optimizer, schedule = recipe.optimizer, recipe.schedule
+    assert (optimizer.learning_rate, optimizer.betas, optimizer.weight_decay) == (2e-4, (0.5, 0.9), 0.0)
+    assert optimizer.clip_norm is None
+    assert (schedule.kind, schedule.warmup, schedule.hold, schedule.final_learning_rate) == (
+        "cosine",
+        "1 epochs",
+        "0 steps",
+        2e-5,
+    )
+    assert (recipe.duration, recipe.batch_size, recipe.ema_decay) == ("16 epochs", 512, 0.9978)
+    augmentation = recipe.augmentation
+    assert (augmentation.resize, augmentation.crop, augmentation.horizontal_flip) == (384, "random", False)
+    assert (recipe.noise_tau, recipe.noise_sigma) == (0.8, "halfnormal")
+    assert (recipe.loss.l1_weight, recipe.loss.perceptual, recipe.loss.perceptual_weight) == (1.0, "lpips", 1.0)
+
+
+@pytest.mark.parametrize("name", sorted(name for name in PARAMETERS if name.startswith("di")))
+def test_a_diffusion_recipes_model_has_the_released_number_of_parameters(name):
+    model = diffusion(name, RESOLVED).model
+    with torch.device("meta"):
+        module = diffusion_of(model)
+    # Fixed in the release and counted there: sin-cos positions of 256 tokens, and 256 frequencies of time.
+    assert trained(module) + 256 * model.width + 256 == PARAMETERS[name]
+    assert f"{PARAMETERS[name]:,}" in shipped_files()[name].read_text()
+
+
+@pytest.mark.parametrize("name", sorted(name for name in PARAMETERS if name.startswith("decoder")))
+def test_a_decoder_recipe_has_the_released_number_of_parameters(name):
+    size = decoder(name).decoder
+    with torch.device("meta"):
+        module = Decoder(in_channels=768, tokens_side=16, **size.model_dump())
+    # Fixed in the release and counted there: sin-cos positions of 256 tokens and the class token's zeros.
+    assert trained(module) + 257 * size.width == PARAMETERS[name]
+    assert f"{PARAMETERS[name]:,}" in shipped_files()[name].read_text()
+
+
+def test_the_digits_settings_are_those_that_were_measured_to_work():
+    recipe = decoder("digits/decoder")
+    assert recipe.decoder.model_dump() == {"width": 64, "depth": 2, "heads": 4, "mlp_width": 256, "patch_size": 8}
+    assert (recipe.noise_tau, recipe.duration, recipe.optimizer.learning_rate) == (0.3, "500 steps", 2e-3)
+    sizes = {
+        "diffusion": ("dit", 96, 4, 4, None, None, None, "3000 steps"),
+        "diffusion_fast": ("dit", 96, 4, 4, None, None, None, "1500 steps"),
+        "diffusion_narrow": ("dit", 24, 4, 2, None, None, None, "1500 steps"),
+        "diffusion_dh": ("dit_dh", 24, 4, 2, 96, 2, 4, "1500 steps"),
+    }
+    for name, size in sizes.items():
+        recipe = diffusion(f"digits/{name}")
+        m = recipe.model
+        found = (m.kind, m.width, m.depth, m.heads, m.head_width, m.head_depth, m.head_heads, recipe.duration)
+        assert found == size
+        assert recipe.flow.time_shift == 2.0
+        assert recipe.optimizer.learning_rate == 2e-3
+        assert recipe.schedule.final_learning_rate == pytest.approx(0.02 * 2e-3, rel=1e-12)
+        assert not recipe.horizontal_flip
+
+
+def test_the_digits_diffusion_recipes_differ_in_size_and_steps_alone():
+    texts = {name: diffusion(f"digits/{name}").to_dict() for name in ("diffusion", "diffusion_fast", "diffusion_dh")}
+    for values in texts.values():
+        for key in ("model", "duration", "paper", "output"):
+            values.pop(key)
+    assert texts["diffusion"] == texts["diffusion_fast"] == texts["diffusion_dh"]
