@@ -1,4 +1,4 @@
-"""Start a stage on one or many processes with torchrun's own engine, in this process, or join a torchrun already there."""
+"""Start a stage on its processes with torchrun's own engine, in this process; or join a torchrun already there."""
 
 import os
 import shlex
@@ -93,14 +93,19 @@ def slurm_environment(environment: Mapping[str, str]) -> dict[str, str]:
             "LOCAL_RANK": environment.get("SLURM_LOCALID", "0"),
         }
     )
-    return ranks | {"MASTER_ADDR": address, "MASTER_PORT": environment.get("MASTER_PORT") or str(20000 + int(job) % 20000)}
+    return ranks | {
+        "MASTER_ADDR": address,
+        "MASTER_PORT": environment.get("MASTER_PORT") or str(20000 + int(job) % 20000),
+    }
 
 
 def checked_ranks(joined: dict[str, str]) -> dict[str, str]:
     """Refuse junk in the variables that say who we are."""
     for name, value in joined.items():
         if not value.isdigit():
-            raise UsageError(f"the environment has {name}={value!r}, which is no number; unset it, or start with torchrun")
+            raise UsageError(
+                f"the environment has {name}={value!r}, which is no number; unset it, or start with torchrun"
+            )
     if int(joined["RANK"]) >= int(joined["WORLD_SIZE"]):
         raise UsageError(f"the environment has RANK={joined['RANK']} in a world of {joined['WORLD_SIZE']}")
     return joined
@@ -165,7 +170,9 @@ def error_of_workers(exit_codes: Mapping[int, int]) -> RaeError:
     told = {code: rank for rank, code in exit_codes.items() if code in set(ExitCode) - {ExitCode.DONE, ExitCode.BUG}}
     if told:
         code = min(told)
-        error = RaeError(f"rank {told[code]} ended with exit code {code} ({ExitCode(code).name.lower()}); it said why above")
+        error = RaeError(
+            f"rank {told[code]} ended with exit code {code} ({ExitCode(code).name.lower()}); it said why above"
+        )
         error.exit_code = ExitCode(code)
         return error
     rank, code = next(iter(exit_codes.items()))

@@ -19,7 +19,9 @@ def encode_cache(
     output: Annotated[str, typer.Argument(metavar="OUT", help="Folder of the latent cache.")],
     encoder: Annotated[str, typer.Option("--encoder", help="dinov2-b, siglip2-b, mae-b, ..., timm:NAME, or a folder.")],
     weights: Annotated[str | None, typer.Option("--weights", help="The encoder's safetensors, if not cached.")] = None,
-    image_size: Annotated[int | None, typer.Option("--image-size", help="Pixels a side [default: 256, digits 32].")] = None,
+    image_size: Annotated[
+        int | None, typer.Option("--image-size", help="Pixels a side [default: 256, digits 32].")
+    ] = None,
     input_size: Annotated[int | None, typer.Option("--input-size", help="Pixels a side the encoder sees.")] = None,
     views: Annotated[Literal["center", "center+flip"], typer.Option(help="What is stored of an image.")] = "center",
     dtype: Annotated[Literal["bf16", "fp16", "fp32"], typer.Option(help="Of the latents on disk.")] = "bf16",
@@ -29,7 +31,9 @@ def encode_cache(
     samples_per_shard: Annotated[int, typer.Option(help="Images a shard.")] = 2048,
     batch_size: Annotated[int, typer.Option(help="Images a forward on one rank.")] = 128,
     seed: Annotated[int, typer.Option(help="Of the samples' order in the cache.")] = 0,
-    on_bad_image: Annotated[Literal["fail", "skip"], typer.Option(help="What to do with an unreadable image.")] = "fail",
+    on_bad_image: Annotated[
+        Literal["fail", "skip"], typer.Option(help="What to do with an unreadable image.")
+    ] = "fail",
     devices: DevicesOpt = None,
     nnodes: NnodesOpt = 1,
     node_rank: NodeRankOpt = 0,

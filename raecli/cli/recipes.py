@@ -22,7 +22,7 @@ NameArgument = Annotated[str, typer.Argument(metavar="NAME", help="A shipped rec
 
 @app.command("ls")
 def list_shipped(as_json: JsonOpt = False) -> None:
-    """List the shipped recipes: name, stage, and the row of the paper each reproduces."""
+    """List the shipped recipes: name, stage, row of the paper."""
     from raecli.recipe.shipped import list_recipes
 
     rows = list_recipes()
@@ -68,9 +68,14 @@ def copy(
 
 @app.command("validate")
 def validate(
-    paths_and_overrides: Annotated[list[str], typer.Argument(metavar="RECIPE... [KEY=VALUE]...")],
+    paths_and_overrides: Annotated[
+        list[str], typer.Argument(metavar="RECIPE|KEY=VALUE", help="Files or shipped names; overrides.")
+    ],
 ) -> None:
-    """Check recipes and tell all that is wrong with each. The KEY=VALUE overrides hold for all of them."""
+    """Check recipes and tell all that is wrong with them.
+
+    The KEY=VALUE overrides hold for every one.
+    """
     from raecli.errors import UsageError
     from raecli.recipe.load import load_recipe
 

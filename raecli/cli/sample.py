@@ -10,7 +10,9 @@ from raecli.cli.options import DevicesOpt, DryRunOpt, NnodesOpt, NodeRankOpt, Rd
 def sample(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="A diffusion run, its final/, or a checkpoint.")],
     output: Annotated[str, typer.Argument(metavar="OUT", help="Folder of the images.")],
-    autoencoder: Annotated[str, typer.Option("--autoencoder", "-a", help="A decoder run, its final/, or a checkpoint.")],
+    autoencoder: Annotated[
+        str, typer.Option("--autoencoder", "-a", help="A decoder run, its final/, or a checkpoint.")
+    ],
     num: Annotated[int, typer.Option("--num", "-n", help="How many images.", min=1)] = 64,
     seed: Annotated[int, typer.Option(help="Image i depends on (seed, i).")] = 0,
     steps: Annotated[int, typer.Option(help="Steps of the solver.", min=1)] = 50,

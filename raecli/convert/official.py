@@ -93,7 +93,9 @@ def decoder_from_official(weights: dict[str, Tensor]) -> dict[str, Tensor]:
     ours, unknown = {}, []
     for key, value in weights.items():
         layer = re.fullmatch(r"decoder_layers\.(\d+)\.(.+)", key)
-        if COMPUTED.fullmatch(key) or (layer and layer[2].startswith(("attention.attention.key.", "attention.attention.value."))):
+        if COMPUTED.fullmatch(key) or (
+            layer and layer[2].startswith(("attention.attention.key.", "attention.attention.value."))
+        ):
             continue
         if layer and layer[2].startswith("attention.attention.query."):
             parts = [weights[key.replace(".query.", f".{part}.")] for part in ("query", "key", "value")]

@@ -19,7 +19,8 @@ def ahead(make: Callable[[Item], Result], items: Iterable[Item], depth: int = 2)
     def put(value: Any) -> None:
         while not leave.is_set():
             try:
-                return results.put(value, timeout=0.1)
+                results.put(value, timeout=0.1)
+                return
             except queue.Full:
                 continue
 

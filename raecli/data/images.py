@@ -56,7 +56,9 @@ def open_images(source: str | Path) -> ImageSource:
     tars = sorted(path.glob("*.tar"))
     result = tar_source(path, tars) if tars else folder_source(path)
     if not result.items:
-        raise InputError(f"{path}: no images in it; known endings: {', '.join(sorted(EXTENSIONS))}, or .tar files of them")
+        raise InputError(
+            f"{path}: no images in it; known endings: {', '.join(sorted(EXTENSIONS))}, or .tar files of them"
+        )
     return result
 
 
@@ -91,7 +93,9 @@ def tar_source(path: Path, tars: list[Path]) -> ImageSource:
             items.append(ImageItem(name, labels.get(key, 0), member.size, tar, member.offset_data))
             labelled += key in labels
     if labelled not in (0, len(items)):
-        raise InputError(f"{path}: {len(items) - labelled} of {len(items)} images have no .cls member; give all or none a label")
+        raise InputError(
+            f"{path}: {len(items) - labelled} of {len(items)} images have no .cls member; give all or none a label"
+        )
     count = max(item.label for item in items) + 1 if labelled else 0
     return ImageSource(path, tuple(items), tuple(str(label) for label in range(count)))
 

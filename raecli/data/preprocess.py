@@ -22,7 +22,14 @@ def decode_rgb(data: bytes, name: str) -> Image.Image:
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             image = Image.open(io.BytesIO(data))
             image.load()
-    except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+    except (
+        OSError,
+        SyntaxError,
+        ValueError,
+        EOFError,
+        Image.DecompressionBombError,
+        Image.DecompressionBombWarning,
+    ) as error:
         raise InputError(f"{name}: not a readable image: {error}") from None
     if image.mode.startswith("I;16") or image.mode == "I":
         return Image.fromarray((np.asarray(image).astype(np.uint32) >> 8).clip(0, 255).astype(np.uint8)).convert("RGB")
@@ -50,7 +57,7 @@ def center_crop(image: Image.Image, size: int) -> np.ndarray:
 
 
 def random_crop(image: Image.Image, resize: int, size: int, across: float, down: float) -> np.ndarray:
-    """Shorter side to `resize`, then the crop of `size` at fractions (across, down) in [0, 1) of the room left. App. E.2."""
+    """Shorter side to `resize`, then a crop of `size` at fractions (across, down) in [0, 1) of the room. App. E.2."""
     pixels = np.asarray(resize_shorter(image, resize))
     top = int(down * (pixels.shape[0] - size + 1))
     left = int(across * (pixels.shape[1] - size + 1))

@@ -136,10 +136,10 @@ def open_images(source: Path) -> ImageSet:
 
 
 def image_files(root: Path) -> tuple[str, ...]:
-    """Paths of the images under `root`, relative to it, sorted. Hidden files and pictures of grids are none."""
+    """Paths of the images under `root`, relative to it, sorted. Hidden ones and pictures of grids are no samples."""
     files = (file for file in root.rglob("*") if file.suffix.lower() in IMAGE_SUFFIXES and file.is_file())
-    wanted = (file for file in files if file.name not in NOT_SAMPLES and not file.name.startswith("."))
-    return tuple(sorted(file.relative_to(root).as_posix() for file in wanted))
+    wanted = (file.relative_to(root) for file in files if file.name not in NOT_SAMPLES)
+    return tuple(sorted(file.as_posix() for file in wanted if not any(part.startswith(".") for part in file.parts)))
 
 
 def read_image(path: Path) -> np.ndarray:

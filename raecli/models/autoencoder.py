@@ -10,7 +10,14 @@ from raecli.models.encoder import Encoder
 class Autoencoder(nn.Module):
     """images [B, 3, H, W] in [0, 1] <-> normalised latents [B, C, h, w]."""
 
-    def __init__(self, encoder: Encoder | None, decoder: Decoder, mean: Tensor | None, variance: Tensor, pixels: tuple[Tensor, Tensor]) -> None:
+    def __init__(
+        self,
+        encoder: Encoder | None,
+        decoder: Decoder,
+        mean: Tensor | None,
+        variance: Tensor,
+        pixels: tuple[Tensor, Tensor],
+    ) -> None:
         super().__init__()
         self.encoder, self.decoder = encoder, decoder
         self.register_buffer("mean", mean)

@@ -17,9 +17,7 @@ from raecli.models.layers import (
 class DiffusionTransformer(nn.Module):
     """What both models share: embeddings, positions, the output's way back to a map."""
 
-    def __init__(
-        self, *, in_channels: int, input_size: int, patch_size: int, width: int, num_classes: int
-    ) -> None:
+    def __init__(self, *, in_channels: int, input_size: int, patch_size: int, width: int, num_classes: int) -> None:
         super().__init__()
         if input_size % patch_size:
             raise ValueError(f"input_size {input_size} is no multiple of patch_size {patch_size}")

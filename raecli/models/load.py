@@ -45,7 +45,9 @@ def read_artifact(path: str | Path, kind: str) -> tuple[Path, dict[str, Any], di
             raise CheckpointError(f"{folder}: is a {config.get('format')!r}, expected {kind!r}")
         is_checkpoint = (folder / STATE).is_file()
         name = EMA if is_checkpoint else MODEL
-        digests = json.loads((folder / STATE).read_text(encoding="utf-8"))["sha256"] if is_checkpoint else config["sha256"]
+        digests = (
+            json.loads((folder / STATE).read_text(encoding="utf-8"))["sha256"] if is_checkpoint else config["sha256"]
+        )
         if sha256_of(folder / name) != digests[name]:
             raise CheckpointError(f"{folder / name}: its bytes changed since it was written; copy it again")
         return folder, config, load_file(folder / name)

@@ -68,7 +68,6 @@ class TrainDecoderRecipe(TrainingRecipe):
     noise_tau: NonNegative  # tau of Sec. 4.3
     noise_sigma: Literal["halfnormal", "uniform"] = "halfnormal"  # paper | release
     loss: ReconstructionLossSpec
-    channels_last: bool = False
 
 
 class TrainDiffusionRecipe(TrainingRecipe):
@@ -122,6 +121,7 @@ class EvaluateRecipe(Spec):
     features: str | None = None  # a feature network of the user's, instead of Inception
     classifier: str | None = None  # for accuracy
     batch_size: Count = 64
+    print_json: bool = False
     output: str | None = None
 
 

@@ -14,6 +14,7 @@ import yaml
 
 MAX_BYTES = 1 << 20  # of a document
 MAX_DEPTH = 16  # of blocks and lists inside one another
+MAX_NODES = 10_000  # keys and values: a recipe has about a hundred, and a MiB of them takes PyYAML most of a minute
 MAX_DIGITS = 18  # of an integer: every such number fits into 64 bits
 
 KeyPath = tuple[str | int, ...]
@@ -101,12 +102,17 @@ def _read_mapping(text: str, document: Document) -> None:
         )
 
 
+class _TooMuch(yaml.MarkedYAMLError):
+    """Well-formed, but more than any recipe holds."""
+
+
 class _Composer(yaml.SafeLoader):
     """PyYAML's composer, watched: anchors, aliases and tags are remarked upon by node, depth is bounded."""
 
     def __init__(self, text: str) -> None:
         super().__init__(text)
         self.depth = 0
+        self.count = 0
         self.remarks: dict[int, str] = {}  # id of a node -> why it is refused
         self.nodes: list[yaml.Node] = []  # keeps the ids above from being used again
 
@@ -114,12 +120,16 @@ class _Composer(yaml.SafeLoader):
         """Compose one node without following an alias, so that no text grows when it is read."""
         event: Any = self.peek_event()  # type: ignore[no-untyped-call]
         remark = _remark(event)
+        self.count += 1
+        if self.count > MAX_NODES:
+            text = f"more than {MAX_NODES} keys and values: not a recipe"
+            raise _TooMuch(problem=text, problem_mark=event.start_mark)
         is_alias = isinstance(event, yaml.AliasEvent)
         if is_alias:
             self.get_event()  # type: ignore[no-untyped-call]
             node: yaml.Node = yaml.ScalarNode("", "", event.start_mark, event.end_mark)
         else:
-            event.anchor, event.tag = None, None
+            event.anchor = None  # PyYAML would register it
             node = self._compose_deeper(parent, index, event)
         if remark:
             self.remarks[id(node)] = remark
@@ -128,7 +138,7 @@ class _Composer(yaml.SafeLoader):
 
     def _compose_deeper(self, parent: yaml.Node | None, index: Any, event: Any) -> yaml.Node:
         if self.depth == MAX_DEPTH:
-            raise yaml.MarkedYAMLError(problem=f"nested deeper than {MAX_DEPTH} levels", problem_mark=event.start_mark)
+            raise _TooMuch(problem=f"nested deeper than {MAX_DEPTH} levels", problem_mark=event.start_mark)
         self.depth += 1
         node = super().compose_node(parent, index)
         assert node is not None
@@ -158,7 +168,8 @@ def _syntax_problem(error: yaml.YAMLError) -> Problem:
         text = "a second document starts here (---): one recipe a file"
     context = getattr(error, "context", None)
     where = f" ({context})" if context and "document" not in context else ""
-    return Problem(f"not valid YAML: {text}{where}", line=mark.line + 1 if mark else None)
+    words = text if isinstance(error, _TooMuch) else f"not valid YAML: {text}{where}"
+    return Problem(words, line=mark.line + 1 if mark else None)
 
 
 def _read_node(node: yaml.Node, path: KeyPath, document: Document, remarks: dict[int, str]) -> Value:

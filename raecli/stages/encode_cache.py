@@ -93,7 +93,8 @@ def work(job: Job, ranks: Ranks) -> None:
         manifest = finished or tie_together(job)
         check_repaired(job, manifest, todo)
         remove_records(job)
-        print(f"{job.output}: {manifest.samples} samples in {len(manifest.shards)} shards, {len(manifest.skipped)} skipped")
+        shards, skipped = len(manifest.shards), len(manifest.skipped)
+        print(f"{job.output}: {manifest.samples} samples in {shards} shards, {skipped} images skipped")
 
 
 def make_job(recipe: EncodeCacheRecipe) -> Job:
@@ -251,7 +252,9 @@ def bad_images(job: Job, bad: list[dict[str, str]], decode: Any) -> InputError:
             found[entry["source"]] = entry["reason"]
     lines = "".join(f"\n  {name}: {reason}" for name, reason in sorted(found.items()))
     looked = f"{checked} of {len(job.source.items)} looked at"
-    return InputError(f"{job.source.path}: {len(found)} unreadable images ({looked}); mend them, or --on-bad-image skip{lines}")
+    return InputError(
+        f"{job.source.path}: {len(found)} unreadable images ({looked}); mend them, or --on-bad-image skip{lines}"
+    )
 
 
 def tie_together(job: Job) -> Manifest:
@@ -288,18 +291,24 @@ def manifest_of(job: Job, records: list[dict[str, Any]]) -> Manifest:
         "seed": recipe.seed,
         "source_sha256": job.source.fingerprint(),
         "shards": shards,
-        "skipped": sorted((entry for record in records for entry in record["skipped"]), key=lambda entry: entry["source"]),
+        "skipped": sorted(
+            (entry for record in records for entry in record["skipped"]), key=lambda entry: entry["source"]
+        ),
     }
     return Manifest.model_validate(tuples(fields))
 
 
 def check_repaired(job: Job, manifest: Manifest, made: list[int]) -> None:
     """A shard made anew in a finished cache has to be the shard it replaces."""
-    changed = [manifest.shards[shard].name for shard in made if sha256_of(job.shard_file(shard)) != manifest.shards[shard].sha256]
+    changed = [
+        manifest.shards[shard].name
+        for shard in made
+        if sha256_of(job.shard_file(shard)) != manifest.shards[shard].sha256
+    ]
     if changed:
         raise InputError(
-            f"{job.output}: {', '.join(changed)} made anew differ from what the manifest tells (another machine, torch or "
-            "batch size?); delete the folder and encode again"
+            f"{job.output}: {', '.join(changed)} made anew differ from what the manifest tells (another machine, "
+            "torch or batch size?); delete the folder and encode again"
         )
 
 

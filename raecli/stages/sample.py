@@ -65,7 +65,9 @@ def generate(recipe: SampleRecipe, ranks: Ranks) -> None:
     if ranks.is_main:
         begin_samples(folder, protocol)
     ranks.barrier()
-    batches = [range(start, min(start + recipe.batch_size, recipe.num)) for start in range(0, recipe.num, recipe.batch_size)]
+    batches = [
+        range(start, min(start + recipe.batch_size, recipe.num)) for start in range(0, recipe.num, recipe.batch_size)
+    ]
     missing = [batch for batch in batches if not all(is_whole_png(image_file(folder, index)) for index in batch)]
     make_images(recipe, models, labels, missing[ranks.rank :: ranks.world], folder, ranks)
     ranks.barrier()
@@ -87,7 +89,10 @@ def load_models(recipe: SampleRecipe, ranks: Ranks) -> Models:
 def check_same_latents(one: dict[str, Any], other: dict[str, Any], names: str) -> None:
     """Two artifacts have to speak of one encoder, size and shape."""
     latents = [
-        {**{f"encoder.{key}": value for key, value in config["latents"]["encoder"].items()}, "shape": config["latents"]["shape"]}
+        {
+            **{f"encoder.{key}": value for key, value in config["latents"]["encoder"].items()},
+            "shape": config["latents"]["shape"],
+        }
         for config in (one, other)
     ]
     fields = [
@@ -110,7 +115,9 @@ def balanced_labels(recipe: SampleRecipe, model: nn.Module) -> list[int]:
     classes = recipe.classes or tuple(range(model.num_classes))
     unknown = [label for label in classes if not 0 <= label < model.num_classes]
     if unknown:
-        raise UsageError(f"--classes {', '.join(map(str, unknown))}: the model has classes 0 to {model.num_classes - 1}")
+        raise UsageError(
+            f"--classes {', '.join(map(str, unknown))}: the model has classes 0 to {model.num_classes - 1}"
+        )
     order = permutation(recipe.seed, "labels", recipe.num, recipe.num)
     return [classes[place % len(classes)] for place in order.tolist()]
 
@@ -118,7 +125,18 @@ def balanced_labels(recipe: SampleRecipe, model: nn.Module) -> list[int]:
 def protocol_of(recipe: SampleRecipe, models: Models, labels: list[int]) -> dict[str, Any]:
     """Everything that the images depend on, and where it came from."""
     told = recipe.to_dict()
-    keys = ("num", "seed", "steps", "solver", "time_grid", "guidance_scale", "guidance_interval", "batch_size", "precision", "pixel_rounding")
+    keys = (
+        "num",
+        "seed",
+        "steps",
+        "solver",
+        "time_grid",
+        "guidance_scale",
+        "guidance_interval",
+        "batch_size",
+        "precision",
+        "pixel_rounding",
+    )
     return {
         "format": "rae-samples",
         "version": 1,
@@ -152,7 +170,10 @@ def make_images(
             pixels = to_bytes(solve(recipe, models, labels, batch, ranks), recipe.pixel_rounding)
             for future in writing:
                 future.result()
-            writing = [pool.submit(write_png, image_file(folder, index), image) for index, image in zip(batch, pixels, strict=True)]
+            writing = [
+                pool.submit(write_png, image_file(folder, index), image)
+                for index, image in zip(batch, pixels, strict=True)
+            ]
             progress.advance(len(batch))
         for future in writing:
             future.result()

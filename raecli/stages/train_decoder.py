@@ -110,7 +110,9 @@ def resume_or_start(recipe: TrainDecoderRecipe, run_folder: Path, cache: LatentC
     model = decoder_of(recipe.decoder, encoder).to(ranks.device)
     ema = Ema(model, recipe.ema_decay, ramp=recipe.ema_ramp)
     spec = recipe.optimizer
-    optimizer = make_optimizer(model, learning_rate=spec.learning_rate, betas=spec.betas, weight_decay=spec.weight_decay)
+    optimizer = make_optimizer(
+        model, learning_rate=spec.learning_rate, betas=spec.betas, weight_decay=spec.weight_decay
+    )
     checkpoint = newest_checkpoint(run_folder)
     if checkpoint:
         model.load_state_dict(checkpoint.model)
@@ -270,8 +272,9 @@ def finish(run_folder: Path, state: State, recipe: TrainDecoderRecipe, cache: La
     """Write final/: the averaged decoder, its encoder's identity, the statistics."""
     count = sum(parameter.numel() for parameter in state.model.parameters())
     card = (
-        f"# {run_folder.name}\n\nA ViT decoder with {count:,} parameters for latents of {cache.manifest.encoder.name}, trained by "
-        f"rae for {state.step} steps of {recipe.batch_size} images, noise tau {recipe.noise_tau}.\n\n{recipe.paper}\n"
+        f"# {run_folder.name}\n\nA ViT decoder with {count:,} parameters for latents of {cache.manifest.encoder.name}, "
+        f"trained by rae for {state.step} steps of {recipe.batch_size} images, noise tau {recipe.noise_tau}.\n\n"
+        f"{recipe.paper}\n"
     )
     config = config_of(state, recipe, cache)
     folder = save_final(run_folder, weights=state.ema.weights(), statistics=cache.statistics, config=config, card=card)

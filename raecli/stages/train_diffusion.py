@@ -121,7 +121,9 @@ def resume_or_start(recipe: TrainDiffusionRecipe, run_folder: Path, ranks: Ranks
     model = diffusion_of(recipe.model).to(ranks.device)
     ema = Ema(model, recipe.ema_decay, ramp=recipe.ema_ramp)
     spec = recipe.optimizer
-    optimizer = make_optimizer(model, learning_rate=spec.learning_rate, betas=spec.betas, weight_decay=spec.weight_decay)
+    optimizer = make_optimizer(
+        model, learning_rate=spec.learning_rate, betas=spec.betas, weight_decay=spec.weight_decay
+    )
     checkpoint = newest_checkpoint(run_folder)
     if checkpoint:
         model.load_state_dict(checkpoint.model)
@@ -223,7 +225,12 @@ def config_of(state: State, recipe: TrainDiffusionRecipe, cache: LatentCache) ->
 
 
 def save(
-    run_folder: Path, state: State, statistics: LatentStatistics, recipe: TrainDiffusionRecipe, cache: LatentCache, ranks: Ranks
+    run_folder: Path,
+    state: State,
+    statistics: LatentStatistics,
+    recipe: TrainDiffusionRecipe,
+    cache: LatentCache,
+    ranks: Ranks,
 ) -> None:
     """Write a checkpoint, by the main rank; the others wait."""
     if ranks.is_main:
@@ -241,12 +248,15 @@ def save(
     ranks.barrier()
 
 
-def finish(run_folder: Path, state: State, statistics: LatentStatistics, recipe: TrainDiffusionRecipe, cache: LatentCache) -> None:
+def finish(
+    run_folder: Path, state: State, statistics: LatentStatistics, recipe: TrainDiffusionRecipe, cache: LatentCache
+) -> None:
     """Write final/: the averaged model and its card."""
     encoder = cache.manifest.encoder
     card = (
-        f"# {run_folder.name}\n\nA {recipe.model.kind} with {parameter_count(state.model):,} parameters, trained by rae on latents of "
-        f"{encoder.name} ({recipe.cache}) for {state.step} steps of {recipe.batch_size} images.\n\n{recipe.paper}\n\n"
+        f"# {run_folder.name}\n\nA {recipe.model.kind} with {parameter_count(state.model):,} parameters, trained by rae "
+        f"on latents of {encoder.name} ({recipe.cache}) for {state.step} steps of {recipe.batch_size} images.\n\n"
+        f"{recipe.paper}\n\n"
         f"    rae sample {run_folder}/final samples/ --autoencoder AUTOENCODER\n"
     )
     config = config_of(state, recipe, cache)

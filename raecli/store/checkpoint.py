@@ -16,7 +16,13 @@ from raecli.errors import CheckpointError
 from raecli.store.atomic import atomic_folder, sha256_of, sweep_scratch, write_json
 from raecli.store.statistics import STATISTICS, LatentStatistics
 
-MODEL, EMA, OPTIMIZER, STATE, CONFIG = "model.safetensors", "ema.safetensors", "optimizer.safetensors", "state.json", "config.json"
+MODEL, EMA, OPTIMIZER, STATE, CONFIG = (
+    "model.safetensors",
+    "ema.safetensors",
+    "optimizer.safetensors",
+    "state.json",
+    "config.json",
+)
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,9 @@ def hold_folder(folder: Path) -> Iterator[None]:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             file.seek(0)
-            raise UsageError(f"{folder}: another rae is writing here ({file.read().strip() or 'unknown'}); wait, or stop it") from None
+            raise UsageError(
+                f"{folder}: another rae is writing here ({file.read().strip() or 'unknown'}); wait, or stop it"
+            ) from None
         file.truncate(0)
         file.write(f"host {socket.gethostname()}, process {os.getpid()}\n")
         file.flush()

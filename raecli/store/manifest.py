@@ -57,7 +57,9 @@ def read_manifest(cache: str | Path) -> Manifest:
     if not folder.is_dir():
         raise InputError(f"{folder}: no such folder; make the cache with rae encode-cache --encoder E IMAGES {folder}")
     if not path.is_file():
-        raise InputError(f"{folder}: no {MANIFEST}, so this is no finished latent cache; run rae encode-cache again to finish it")
+        raise InputError(
+            f"{folder}: no {MANIFEST}, so this is no finished latent cache; run rae encode-cache again to finish it"
+        )
     try:
         return Manifest.model_validate(tuples(json.loads(path.read_text(encoding="utf-8"))))
     except (ValueError, UnicodeDecodeError) as error:

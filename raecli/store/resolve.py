@@ -25,7 +25,9 @@ def resolve_diffusion(recipe: TrainDiffusionRecipe, manifest: Manifest) -> Train
         wrong.append(f"model.patch_size: {recipe.model.patch_size} does not divide the latents' side of {side}")
     if wrong:
         lines = "".join(f"\n  {line}" for line in wrong)
-        raise InputError(f"recipe and cache disagree (encoder {manifest.encoder.name}); encode anew or change the recipe{lines}")
+        raise InputError(
+            f"recipe and cache disagree (encoder {manifest.encoder.name}); encode anew or change the recipe{lines}"
+        )
     dimension = recipe.flow.time_shift_dim or channels * side * side
     return recipe.model_copy(
         update={
@@ -40,8 +42,9 @@ def check_decoder(recipe: TrainDecoderRecipe, manifest: Manifest) -> TrainDecode
     output = manifest.encoder.tokens_side * recipe.decoder.patch_size
     if output % manifest.image_size:
         raise InputError(
-            f"decoder.patch_size {recipe.decoder.patch_size} makes images of {output} pixels out of {manifest.encoder.tokens_side} "
-            f"tokens a side; the cache {recipe.cache} is of {manifest.image_size} pixels: the first must be a multiple"
+            f"decoder.patch_size {recipe.decoder.patch_size} makes images of {output} pixels out of "
+            f"{manifest.encoder.tokens_side} tokens a side; the cache {recipe.cache} is of {manifest.image_size} "
+            "pixels: the first must be a multiple of the second"
         )
     return recipe
 

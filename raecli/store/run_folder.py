@@ -12,7 +12,14 @@ from raecli.recipe.load import dump_recipe, load_recipe
 from raecli.recipe.spec import Spec
 from raecli.store.atomic import write_json, write_text
 
-OPERATIONAL = {"log_every", "save_every", "keep_checkpoints", "micro_batch_size", "compile", "output"}  # may change on resume
+OPERATIONAL = {
+    "log_every",
+    "save_every",
+    "keep_checkpoints",
+    "micro_batch_size",
+    "compile",
+    "output",
+}  # may change on resume
 
 
 def prepare_run(run: Path, recipe: Spec) -> None:

@@ -64,7 +64,7 @@ def finish_samples(folder: Path, protocol: dict[str, Any]) -> None:
 
 
 def write_npz(folder: Path, count: int) -> Path:
-    """Stream the folder's images into `arr_0`, uint8 NHWC, as ADM's evaluator reads it; one image in memory at a time."""
+    """Stream the folder's images into `arr_0`, uint8 NHWC, as ADM's evaluator reads it; one image at a time."""
     height, width, channels = read_png(image_file(folder, 0)).shape
     with atomic_file(folder / NPZ) as scratch, zipfile.ZipFile(scratch, "w", zipfile.ZIP_STORED) as archive:
         entry = zipfile.ZipInfo("arr_0.npy", date_time=(1980, 1, 1, 0, 0, 0))  # no clock in the bytes
@@ -92,7 +92,9 @@ def write_grid(path: Path, images: Sequence[np.ndarray], gap: int = 2) -> None:
         top, left = gap + place // columns * (height + gap), gap + place % columns * (width + gap)
         sheet[top : top + height, left : left + width] = pixels
     factor = max(1, 64 // max(height, width))
-    picture = Image.fromarray(sheet).resize((sheet.shape[1] * factor, sheet.shape[0] * factor), Image.Resampling.NEAREST)
+    picture = Image.fromarray(sheet).resize(
+        (sheet.shape[1] * factor, sheet.shape[0] * factor), Image.Resampling.NEAREST
+    )
     with atomic_file(path) as scratch:
         picture.save(scratch, format="PNG")
 

@@ -11,7 +11,10 @@ import torch
 from torch import Tensor
 
 TORCH_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-NUMPY_DTYPES = {"fp16": "<f2", "fp32": "<f4"}  # numpy has no bf16: such members are raw, the manifest tells shape and dtype
+NUMPY_DTYPES = {
+    "fp16": "<f2",
+    "fp32": "<f4",
+}  # numpy has no bf16: such members are raw, the manifest tells shape and dtype
 BLOCK = 512
 
 

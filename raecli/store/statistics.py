@@ -85,9 +85,7 @@ class LatentSums:
 
     def save(self, path: Path) -> None:
         """Write the sums of a shard."""
-        save_file(
-            {"total": self.total.cpu(), "squares": self.squares.cpu(), "count": torch.tensor([self.count])}, path
-        )
+        save_file({"total": self.total.cpu(), "squares": self.squares.cpu(), "count": torch.tensor([self.count])}, path)
 
     @classmethod
     def load(cls, path: Path) -> "LatentSums":

@@ -5,7 +5,7 @@ from torch import Tensor, nn
 
 
 class Ema:
-    """Averaged copies of a model's parameters. `weights()` are a state dict: averages, and the model's own buffers."""
+    """Averaged copies of a model's parameters. `weights()`: a state dict of averages, and of the model's own buffers."""
 
     def __init__(self, model: nn.Module, decay: float, *, ramp: bool = False) -> None:
         self.model, self.decay, self.ramp = model, decay, ramp
@@ -13,7 +13,7 @@ class Ema:
 
     @torch.no_grad()
     def update(self, step: int) -> None:
-        """Take in the weights after optimiser step `step`, counted from 0. Ramped: min(decay, (1 + step) / (10 + step))."""
+        """Take in the weights after optimiser step `step`, from 0. Ramped: min(decay, (1 + step) / (10 + step))."""
         decay = min(self.decay, (1 + step) / (10 + step)) if self.ramp else self.decay
         parameters = [parameter.detach() for parameter in self.model.parameters()]
         torch._foreach_lerp_(list(self.averages.values()), parameters, 1 - decay)

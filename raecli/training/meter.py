@@ -18,7 +18,9 @@ class Meter:
         self.losses: list[dict[str, Tensor]] = []
         self.since = time.monotonic()
 
-    def record(self, step: int, losses: dict[str, Tensor], figures: dict[str, float], progress: Progress, *, last: bool) -> None:
+    def record(
+        self, step: int, losses: dict[str, Tensor], figures: dict[str, float], progress: Progress, *, last: bool
+    ) -> None:
         """Take in finished step `step`: losses are scalars of this rank; figures are the same on all ranks."""
         self.losses.append(losses)
         note = ""

@@ -1,4 +1,4 @@
-"""AdamW, the learning rate over a run, and gradients: their norm, and whether they are numbers at all. App. F, Table 12."""
+"""AdamW, the learning rate over a run, and the norm of gradients. App. F, Table 12."""
 
 import math
 from collections.abc import Iterable

@@ -15,27 +15,29 @@ class Progress:
         self.total, self.unit, self.label, self.shown = total, unit, label, shown
         self.done = self.first = done
         self.started = self.told = time.monotonic()
-        self.bar = None
+        self.bar, self.note = None, ""
         if shown and sys.stderr.isatty():
-            self.bar = tqdm(total=total, initial=done, unit=unit.rstrip("s"), desc=label, file=sys.stderr, dynamic_ncols=True)
+            self.bar = tqdm(
+                total=total, initial=done, unit=unit.rstrip("s"), desc=label, file=sys.stderr, dynamic_ncols=True
+            )
 
     def advance(self, count: int = 1, note: str = "") -> None:
-        """Count on; `note` is shown behind the figures."""
+        """Count on; the latest `note` is shown behind the figures."""
         self.done += count
+        self.note = note or self.note
         if self.bar is not None:
             self.bar.update(count)
-            if note:
-                self.bar.set_postfix_str(note)
+            self.bar.set_postfix_str(self.note)
         elif self.shown and (self.done >= self.total or time.monotonic() - self.told >= LINE_SECONDS):
             self.told = time.monotonic()
-            print(self.line(note), file=sys.stderr, flush=True)
+            print(self.line(), file=sys.stderr, flush=True)
 
-    def line(self, note: str) -> str:
+    def line(self) -> str:
         """One line: how far, how fast, how long still."""
         rate = (self.done - self.first) / max(time.monotonic() - self.started, 1e-9)
         left = (self.total - self.done) / rate if rate else 0.0
         text = f"{self.label}: {self.done}/{self.total} {self.unit}, {rate:.3g} {self.unit}/s, {left:.0f} s left"
-        return f"{text}, {note}" if note else text
+        return f"{text}, {self.note}" if self.note else text
 
     def close(self) -> None:
         """Leave the terminal tidy."""

@@ -1,4 +1,4 @@
-"""Asked to stop: TERM, INT and USR1 raise a flag; the loop saves at the end of its step, on all ranks at the same one."""
+"""Asked to stop: TERM, INT and USR1 raise a flag; the loop saves at the end of a step, the same on all ranks."""
 
 import os
 import signal

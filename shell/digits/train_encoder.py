@@ -1,7 +1,7 @@
 """The shipped encoder: a small masked autoencoder (He et al., 2021) on the digits' training split, without labels.
 
 Writes a Hugging Face `vit_mae` folder, encoder only, fp16: config.json, model.safetensors, preprocessor_config.json.
-About 30 s on one core. The same seed on the same machine gives the same bytes.
+About a minute on one core. The same seed on the same machine gives the same bytes.
 """
 
 import argparse
@@ -198,7 +198,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Command line: train_encoder.py [OUT]."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("out", type=Path, nargs="?", default=ASSET, help="a folder that does not exist yet")
-    parser.add_argument("--steps", type=int, default=600)
+    parser.add_argument("--steps", type=int, default=2400)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args(arguments)
     if options.out.exists():

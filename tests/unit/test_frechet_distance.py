@@ -104,7 +104,20 @@ def test_fewer_samples_than_features_equals_the_nuclear_norm():
     expected = ((mean_a - mean_b).square().sum() + cov_a.trace() + cov_b.trace() - 2 * root).item()
     distance = frechet_distance(mean_a, cov_a, mean_b, cov_b)
     assert distance.method == "eigh"
-    assert distance.value == pytest.approx(expected, rel=1e-7)
+    assert distance.value == pytest.approx(expected, rel=1e-10)  # 1e-8 if the side of larger rank were factored
+
+
+@pytest.mark.parametrize("exchanged", [False, True])
+def test_one_side_of_low_rank_leaves_the_factor_of_the_other(exchanged):
+    """tr (cov_a cov_b)^(1/2) is also that of the small matrix A cov_b A^T / (n_a - 1), A being 10 centred features."""
+    features_a, features_b = draw(10, DIM, seed=30), 2 * draw(400, DIM, seed=31) + 1
+    a, b = moments_of(features_a), moments_of(features_b)
+    centred = features_a - a[0]
+    small = torch.linalg.eigvalsh(centred @ b[1] @ centred.T / 9)[1:]  # the first is 0: centring costs a rank
+    expected = (a[0] - b[0]).square().sum() + a[1].trace() + b[1].trace() - 2 * small.sqrt().sum()
+    distance = frechet_distance(*b, *a) if exchanged else frechet_distance(*a, *b)
+    assert distance.method == "cholesky"
+    assert distance.value == pytest.approx(expected.item(), rel=1e-7)  # 14 eigenvalues of 0 are each sqrt(eps) wrong
 
 
 def test_a_side_without_spread_leaves_the_other_sides_trace():

@@ -94,7 +94,8 @@ def test_a_flat_folder_and_an_array_have_no_classes(tmp_path):
 
 def test_pictures_of_many_samples_and_other_files_are_no_samples(tmp_path):
     root = write_folder(tmp_path / "samples")
-    for name in ("grid.png", "picture.png", ".hidden.png"):
+    (root / ".partial-1").mkdir()
+    for name in ("grid.png", "picture.png", ".hidden.png", ".partial-1/000000.png"):
         Image.fromarray(np.zeros((40, 40, 3), np.uint8)).save(root / name)
     (root / "samples.json").write_text("{}")
     assert len(open_images(root)) == 11

@@ -8,6 +8,7 @@ import pytest
 
 from raecli.cli.recipes import app
 from raecli.errors import UsageError
+from raecli.recipe import shipped
 from raecli.recipe.load import load_recipe
 from raecli.recipe.shipped import find_recipe, list_recipes, recipes_folder, shipped_files
 
@@ -50,6 +51,17 @@ def test_a_mistyped_name_gets_the_nearest_ones(name, meant, tmp_path, monkeypatc
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UsageError, match=rf"no recipe .*did you mean .*\b{meant}\b"):
         find_recipe(name)
+
+
+def test_an_installed_package_finds_the_recipes_inside_itself(tmp_path, monkeypatch):
+    inside = tmp_path / "raecli" / "_recipes" / "digits"
+    inside.mkdir(parents=True)
+    (inside / "decoder.yaml").write_text("stage: train-decoder\n")
+    monkeypatch.setattr(shipped, "PACKAGE", tmp_path / "raecli")
+    assert find_recipe("digits/decoder") == inside / "decoder.yaml"
+    assert list(shipped_files()) == ["digits/decoder"]
+    monkeypatch.setattr(shipped, "PACKAGE", tmp_path / "elsewhere")
+    assert list_recipes() == []
 
 
 def test_a_name_like_no_other_gets_the_command_that_lists_them():

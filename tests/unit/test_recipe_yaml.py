@@ -138,14 +138,16 @@ def test_several_problems_are_told_together():
         "".join(f"{' ' * i}a:\n" for i in range(1000)),
         "a: &a [x, x]\n" + "".join(f"{chr(98 + i)}: &{chr(98 + i)} [{f'*{chr(97 + i)}, ' * 9}]\n" for i in range(20)),
         "a: " + "x" * (MAX_BYTES + 1),
+        "a: [" + "1," * (MAX_BYTES // 2 - 4) + "]",
+        "{" + "a," * (MAX_BYTES // 2 - 2) + "}",
     ],
-    ids=["lists", "flow blocks", "blocks", "alias bomb", "huge"],
+    ids=["lists", "flow blocks", "blocks", "alias bomb", "huge", "long list", "many keys"],
 )
 def test_hostile_text_is_refused_at_once(text):
     start = time.process_time()
     assert told(text)
-    # Milliseconds in truth; a bomb that went off would take minutes or the whole memory.
-    assert time.process_time() - start < 5
+    # Under a second in truth; a bomb that went off would take minutes or the whole memory.
+    assert time.process_time() - start < 10
 
 
 def test_nothing_in_a_text_runs_code(tmp_path):

@@ -1,0 +1,88 @@
+"""What all tests share: one thread, no network, a folder of small images, the command line in a process of its own."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # two cores, two workers: more threads only wait for each other
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+REPOSITORY = Path(__file__).parent.parent
+RunRae = Callable[..., subprocess.CompletedProcess[str]]
+
+
+def environment(**extra: str) -> dict[str, str]:
+    """The environment of a child process: as a user's, without the traces of a test runner's workers."""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(("PYTEST_", "TORCHELASTIC_"))}
+    return {**kept, "PYTHONPATH": str(REPOSITORY), **extra}
+
+
+@pytest.fixture
+def rae(tmp_path: Path) -> RunRae:
+    """Run `rae ARGUMENTS` as a user does, in the test's own folder; `code` is the exit code it has to end with."""
+
+    def run(*arguments: str, code: int = 0, cwd: Path = tmp_path, **extra: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "raecli", *map(str, arguments)]
+        result = subprocess.run(command, cwd=cwd, env=environment(**extra), capture_output=True, text=True, timeout=240)
+        assert result.returncode == code, f"exit {result.returncode}\n{result.stdout}\n{result.stderr}"
+        return result
+
+    return run
+
+
+def make_images(folder: Path, classes: int = 3, each: int = 8, side: int = 40, seed: int = 0) -> Path:
+    """Class folders of small PNGs with a smooth gradient and noise, deterministic."""
+    generator = np.random.default_rng(seed)
+    ramp = np.linspace(0, 255, side)
+    for label in range(classes):
+        (folder / f"class{label}").mkdir(parents=True)
+        for index in range(each):
+            pixels = ramp[None, :, None] * generator.random(3) + generator.normal(0, 12, (side, side + 6 * label, 3))[:, :side]
+            image = Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
+            image.save(folder / f"class{label}" / f"image{index}.png")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """24 images of 3 classes; not to be changed."""
+    return make_images(tmp_path_factory.mktemp("images") / "train")
+
+
+TINY_DIFFUSION = (
+    "model.width=16",
+    "model.heads=2",
+    "model.depth=1",
+    "batch_size=8",
+    "schedule.warmup=5 steps",
+    "save_every=10 steps",
+    "log_every=5",
+)
+TINY_DECODER = ("decoder.width=16", "decoder.heads=2", "decoder.depth=1", "decoder.mlp_width=32", "batch_size=8", "log_every=5")
+
+
+def tree(folder: Path) -> dict[str, bytes]:
+    """Every file below a folder with its bytes."""
+    return {file.relative_to(folder).as_posix(): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+
+
+def run_command(*arguments: str, cwd: Path) -> None:
+    """`rae ARGUMENTS`, which has to work."""
+    command = [sys.executable, "-m", "raecli", *map(str, arguments)]
+    result = subprocess.run(command, cwd=cwd, env=environment(), capture_output=True, text=True, timeout=240)
+    assert result.returncode == 0, f"{command}\n{result.stdout}\n{result.stderr}"
+
+
+@pytest.fixture(scope="session")
+def cache(images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A latent cache of the images, by the embedded encoder, both views; not to be changed."""
+    folder = tmp_path_factory.mktemp("latents")
+    arguments = ("--image-size", "32", "--views", "center+flip", "--dtype", "fp32", "--samples-per-shard", "10")
+    run_command("encode-cache", "--encoder", "digits-mae", images, "cache", *arguments, cwd=folder)
+    return folder / "cache"

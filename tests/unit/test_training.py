@@ -1,0 +1,126 @@
+"""Learning rates, averages, clipping, launching: the arithmetic of a run."""
+
+import math
+import signal
+
+import pytest
+import torch
+from torch import nn
+
+from raecli.errors import ExitCode, UsageError
+from raecli.launch import LaunchOptions, check_options, error_of_signal, error_of_workers, joined_environment
+from raecli.recipe.spec import duration_in_steps
+from raecli.training.distributed import check_batch
+from raecli.training.ema import Ema
+from raecli.training.optimizer import clip_gradients, learning_rate
+
+
+def rates(total: int, **settings) -> list[float]:
+    return [learning_rate(step, maximum=1.0, total_steps=total, **settings) for step in range(total)]
+
+
+def test_linear_decay_after_a_hold_reaches_its_end_at_the_last_step():
+    told = rates(10, kind="linear", warmup_steps=0, hold_steps=5, final=0.1)
+    assert told[:6] == [1.0] * 6
+    assert told[-1] == pytest.approx(0.1)
+    assert torch.tensor(told[5:]).diff().std() < 1e-6
+
+
+def test_cosine_after_a_warm_up_reaches_its_end_and_passes_the_middle():
+    told = rates(12, kind="cosine", warmup_steps=3, hold_steps=0, final=0.1)
+    assert told[:4] == pytest.approx([1 / 3, 2 / 3, 1.0, 1.0])
+    assert told[-1] == pytest.approx(0.1) and told[7] == pytest.approx(0.55)
+
+
+def test_constant_stays():
+    assert set(rates(5, kind="constant", warmup_steps=0, hold_steps=0, final=None)) == {1.0}
+
+
+def test_durations_in_steps():
+    assert duration_in_steps("1500 steps", 10, 3) == 1500
+    assert duration_in_steps("80 epochs", 1_281_167, 1024) == math.ceil(80 * 1_281_167 / 1024)
+    assert duration_in_steps("0 steps", 10, 3) == 0
+
+
+@pytest.mark.parametrize("ramp", [False, True])
+def test_the_average_is_the_weighted_sum_of_all_weights(ramp):
+    model = nn.Linear(3, 2).double()
+    ema = Ema(model, 0.9, ramp=ramp)
+    expected = model.weight.detach().clone()
+    for step in range(20):
+        nn.init.normal_(model.weight)
+        ema.update(step)
+        decay = min(0.9, (1 + step) / (10 + step)) if ramp else 0.9
+        expected = decay * expected + (1 - decay) * model.weight.detach()
+    torch.testing.assert_close(ema.weights()["weight"], expected)
+    assert model.weight.data_ptr() != ema.averages["weight"].data_ptr()
+
+
+def test_clipping_bounds_the_norm_and_reports_the_one_before():
+    parameters = [nn.Parameter(torch.zeros(3)), nn.Parameter(torch.zeros(4))]
+    for parameter in parameters:
+        parameter.grad = torch.full_like(parameter, 2.0)
+    before = math.sqrt(7 * 4)
+    assert clip_gradients(parameters, None).item() == pytest.approx(before)
+    assert clip_gradients(parameters, 1.0).item() == pytest.approx(before)
+    assert clip_gradients(parameters, 1.0).item() == pytest.approx(1.0, rel=1e-5)
+    assert clip_gradients(parameters, 5.0).item() == pytest.approx(1.0, rel=1e-5)  # below the limit: untouched
+
+
+def test_a_batch_that_ranks_cannot_share_is_refused():
+    check_batch(12, 4)
+    with pytest.raises(UsageError, match="12 cannot be shared by 5"):
+        check_batch(12, 5)
+
+
+def test_workers_ends_become_exit_codes():
+    assert error_of_workers({1: 3}).exit_code == ExitCode.BAD_INPUT
+    assert error_of_workers({0: -6, 1: 5}).exit_code == ExitCode.NON_FINITE  # rank 0 died of rank 1's end
+    assert error_of_workers({0: 75, 1: 75}).exit_code == ExitCode.PREEMPTED
+    killed = error_of_workers({1: -9})
+    assert killed.exit_code == ExitCode.WORKER and "rank 1" in str(killed) and "SIGKILL" in str(killed)
+    assert error_of_workers({0: 1}).exit_code == ExitCode.BUG
+
+
+def test_signals_become_exit_codes():
+    assert error_of_signal(signal.SIGINT).exit_code == ExitCode.INTERRUPTED
+    assert error_of_signal(signal.SIGTERM).exit_code == error_of_signal(signal.SIGUSR1).exit_code == ExitCode.PREEMPTED
+
+
+def test_a_torchrun_or_srun_around_us_is_joined():
+    assert joined_environment({}) is None
+    torchrun = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "MASTER_ADDR": "a", "MASTER_PORT": "1"}
+    assert joined_environment(torchrun) == {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1"}
+    srun = {"SLURM_PROCID": "3", "SLURM_STEP_NUM_TASKS": "4", "SLURM_LOCALID": "1", "SLURM_JOB_ID": "77"}
+    joined = joined_environment(srun | {"SLURM_LAUNCH_NODE_IPADDR": "node0"})
+    assert joined["RANK"] == "3" and joined["WORLD_SIZE"] == "4" and joined["MASTER_ADDR"] == "node0"
+    assert joined_environment(srun | {"SLURM_STEP_NUM_TASKS": "1"}) is None  # a shell inside a job
+
+
+@pytest.mark.parametrize(
+    "junk",
+    [
+        {"RANK": "0"},
+        {"RANK": "x", "WORLD_SIZE": "2", "MASTER_ADDR": "a", "MASTER_PORT": "1"},
+        {"RANK": "2", "WORLD_SIZE": "2", "MASTER_ADDR": "a", "MASTER_PORT": "1"},
+        {"SLURM_PROCID": "x", "SLURM_STEP_NUM_TASKS": "2", "SLURM_LAUNCH_NODE_IPADDR": "n"},
+        {"SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "2"},
+    ],
+)
+def test_junk_around_us_is_refused(junk):
+    with pytest.raises(UsageError):
+        joined_environment(junk)
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        (LaunchOptions(devices=0), "--devices"),
+        (LaunchOptions(nnodes=2), "--rdzv"),
+        (LaunchOptions(nnodes=2, node_rank=2, rdzv="a:1"), "--node-rank"),
+        (LaunchOptions(nnodes=2, rdzv="nowhere"), "HOST:PORT"),
+    ],
+)
+def test_launch_options_that_cannot_be_are_refused(options, match):
+    with pytest.raises(UsageError, match=match):
+        check_options(options)
