@@ -191,10 +191,13 @@ def error_of_signal(number: signal.Signals) -> RaeError:
 
 
 def print_plan(stage: str, recipe: Spec, launch: LaunchOptions) -> None:
-    """What would run: the resolved recipe on stdout, the plan on stderr."""
+    """What would run: the resolved recipe on stdout; sizes, steps, processes and the command on stderr."""
+    from raecli.plan import plan_lines
     from raecli.recipe.load import dump_recipe
 
     print(dump_recipe(recipe), end="")
     devices = launch.devices or "every GPU, or one process on a CPU"
-    print(f"plan: stage {stage}; nodes {launch.nnodes}; processes a node: {devices}", file=sys.stderr)
-    print(f"plan: to run it: rae {shlex.join(sys.argv[1:]).replace(' --dry-run', '')}", file=sys.stderr)
+    command = shlex.join(argument for argument in sys.argv[1:] if argument != "--dry-run")
+    lines = [f"stage {stage}; nodes {launch.nnodes}; processes a node: {devices}", *plan_lines(recipe)]
+    for line in [*lines, f"to run it: rae {command}"]:
+        print(f"plan: {line}", file=sys.stderr)

@@ -43,7 +43,10 @@ def make_images(folder: Path, classes: int = 3, each: int = 8, side: int = 40, s
     for label in range(classes):
         (folder / f"class{label}").mkdir(parents=True)
         for index in range(each):
-            pixels = ramp[None, :, None] * generator.random(3) + generator.normal(0, 12, (side, side + 6 * label, 3))[:, :side]
+            pixels = (
+                ramp[None, :, None] * generator.random(3)
+                + generator.normal(0, 12, (side, side + 6 * label, 3))[:, :side]
+            )
             image = Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
             image.save(folder / f"class{label}" / f"image{index}.png")
     return folder
@@ -64,7 +67,14 @@ TINY_DIFFUSION = (
     "save_every=10 steps",
     "log_every=5",
 )
-TINY_DECODER = ("decoder.width=16", "decoder.heads=2", "decoder.depth=1", "decoder.mlp_width=32", "batch_size=8", "log_every=5")
+TINY_DECODER = (
+    "decoder.width=16",
+    "decoder.heads=2",
+    "decoder.depth=1",
+    "decoder.mlp_width=32",
+    "batch_size=8",
+    "log_every=5",
+)
 
 
 def tree(folder: Path) -> dict[str, bytes]:

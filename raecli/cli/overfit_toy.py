@@ -75,6 +75,7 @@ PRESETS: dict[Preset, dict[str, Any]] = {
     },
 }
 WIDTH_STEP = 128  # of A..B, the paper's
+GPU_FLOPS = 15e12  # a second in float32, what an A100 reaches
 MOST_VALUES = 64  # of one option: more is a slip of the keyboard
 COLLECTIVE_SECONDS = 86400.0  # ranks meet once, at the end: one may wait there for the others' wider models
 
@@ -89,10 +90,16 @@ def overfit_toy(
     head: Annotated[
         str | None, typer.Option("--head", metavar="WIDTHxDEPTH", help="A wide DDT head, such as 96x2: DiT-DH.")
     ] = None,
-    channels: Annotated[int | None, typer.Option("--channels", help="Channels n of a token.", min=1)] = None,
-    seeds: Annotated[int, typer.Option("--seeds", help="Runs of each, from different latents.", min=1)] = 1,
-    steps: Annotated[int | None, typer.Option("--steps", help="Training steps.", min=1)] = None,
-    out: Annotated[str, typer.Option("--out", help="Folder for report.json and figure.png.")] = "runs/toy",
+    channels: Annotated[
+        int | None, typer.Option("--channels", metavar="N", help="Channels n of a token.", min=1)
+    ] = None,
+    seeds: Annotated[
+        int, typer.Option("--seeds", metavar="N", help="Runs of each, from different latents.", min=1)
+    ] = 1,
+    steps: Annotated[int | None, typer.Option("--steps", metavar="N", help="Training steps.", min=1)] = None,
+    out: Annotated[
+        str, typer.Option("--out", metavar="FOLDER", help="Folder for report.json and figure.png.")
+    ] = "runs/toy",
     as_json: JsonOpt = False,
     devices: DevicesOpt = None,
     dry_run: DryRunOpt = False,
@@ -117,8 +124,6 @@ def overfit_toy(
         "stage": "overfit-toy",
         "preset": chosen.value,
         "head": parse_head(head) if head else None,
-        "batch_size": 32,
-        "sample_steps": 25,
         "seeds": tuple(range(seeds)),
         "output": out,
         "print_json": as_json,
@@ -200,13 +205,21 @@ def build_recipe(values: dict[str, Any]) -> "OverfitToyRecipe":
 
 
 def expected_time(recipe: "OverfitToyRecipe") -> str:
-    """What runs, and about how long that takes on one CPU core, by a fit to runs at widths 32 to 896."""
-    parameters = sum(width**2 * depth for width in recipe.widths for depth in recipe.depths)  # in parts of a block
+    """What runs, and about how long: on one CPU core by a fit to runs at widths 32 to 896, on a GPU by arithmetic."""
+    squares = sum(width**2 * depth for width in recipe.widths for depth in recipe.depths)  # 12 weights of a token each
     jobs = len(recipe.widths) * len(recipe.depths)
     if recipe.head:
-        parameters += jobs * recipe.head[0] ** 2 * recipe.head[1]
-    step_seconds = 0.0035 * jobs + parameters * (58 + 28 * recipe.tokens) * 1e-9  # overhead; optimiser, and tokens
-    minutes = recipe.steps * len(recipe.seeds) * step_seconds / 60
-    sizes = f"n = {recipe.channels}, {recipe.tokens} tokens, {recipe.steps} steps"
-    time = f"about {max(1, round(minutes))} min" if minutes < 120 else f"about {round(minutes / 60)} hours"
-    return f"{sizes}: {time} on one CPU core"
+        squares += jobs * recipe.head[0] ** 2 * recipe.head[1]
+    step_seconds = 0.0035 * jobs + squares * (58 + 28 * recipe.tokens) * 1e-9  # overhead; optimiser, and tokens
+    flops = 6 * 12 * squares * recipe.tokens * recipe.batch_size  # a step, forward and backward
+    steps = recipe.steps * len(recipe.seeds)
+    text = f"n = {recipe.channels}, {recipe.tokens} tokens, {recipe.steps} steps: "
+    text += f"about {in_words(steps * step_seconds)} on one CPU core"
+    if recipe.preset == "paper":
+        text += f", reckoned (not measured) {in_words(steps * flops / GPU_FLOPS)} on a GPU"
+    return text
+
+
+def in_words(seconds: float) -> str:
+    """Minutes, or hours from two up."""
+    return f"{max(1, round(seconds / 60))} min" if seconds < 7200 else f"{round(seconds / 3600)} hours"

@@ -1,4 +1,4 @@
-"""What a narrow output layer cannot learn: Theorem 1's floor under the flow's loss, and its certificate. Sec. 4.1, App. C.
+"""What a narrow output layer cannot learn: Theorem 1's floor under the loss, and its certificate. Sec. 4.1, App. C.
 
 Let the last layer be out_i = B h_i + b for token i, B of shape [n, d], h_i in R^d any function of the whole noisy
 map, of t, of the labels, even of latents and noise; P the orthogonal projector on Im(B), of rank d at most. A token's

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
@@ -84,7 +85,7 @@ def load_classifier(path: Path) -> Classifier:
     return model.eval().requires_grad_(False)
 
 
-def read_file(path: Path) -> tuple[dict, dict[str, Tensor]]:
+def read_file(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Configuration and weights, or a CheckpointError that says why the file is not a classifier."""
     wanted = "a classifier is one safetensors file, as raecli's save_classifier writes it"
     if not path.is_file():

@@ -30,6 +30,7 @@ LATENT = "a synthetic token map (LayerNorm of Gaussian noise); the bound does no
 NEAR = 0.06  # excess of a trained model; .048 is the most seen, at d = n = 64, the slowest case (THEORY section 3)
 SAMPLES = 64  # generated latents a job
 CURVE_POINTS = 100
+WIDE = 384  # from here the matrix products of a step are worth more than one thread
 ERRORS_ALLOWED = 4  # standard errors: by chance 1 mean in 30,000 lies further below its expectation
 ROUNDING = 1e-6  # of the certificate: a float32 layer in float64 algebra
 
@@ -69,6 +70,7 @@ def run(recipe: OverfitToyRecipe, ranks: Ranks) -> None:
     """Train every (width, depth, seed), jobs dealt out to ranks in turn; report, draw, and check the theorem."""
     folder = Path(recipe.output)
     folder.mkdir(parents=True, exist_ok=True)
+    limit_threads(recipe)
     screen = sys.stderr if recipe.print_json else sys.stdout
     if ranks.is_main:
         print(heading(recipe), file=screen, flush=True)
@@ -89,6 +91,12 @@ def run(recipe: OverfitToyRecipe, ranks: Ranks) -> None:
         if recipe.print_json:
             print(json.dumps(report, indent=2), flush=True)
         check(rows)
+
+
+def limit_threads(recipe: OverfitToyRecipe) -> None:
+    """One CPU thread for narrow models: more would only wait for one another."""
+    if max(recipe.widths) < WIDE and (not recipe.head or recipe.head[0] < WIDE):
+        torch.set_num_threads(1)
 
 
 def jobs_of(recipe: OverfitToyRecipe) -> list[Job]:
@@ -134,7 +142,7 @@ def generator_of(seed: int, purpose: str, device: torch.device) -> torch.Generat
 
 
 def make_latents(recipe: OverfitToyRecipe, seed: int) -> Tensor:
-    """One latent to overfit, float32 [1, n, side, side]: each token is a LayerNorm'd normal vector, as an encoder's are."""
+    """One latent to overfit, float32 [1, n, side, side]: tokens of mean 0, variance 1, as an encoder's."""
     side = math.isqrt(recipe.tokens)
     noise = torch.randn(1, recipe.tokens, recipe.channels, generator=generator_of(seed, "latent", torch.device("cpu")))
     tokens = nn.functional.layer_norm(noise, (recipe.channels,))
@@ -282,7 +290,8 @@ def heading(recipe: OverfitToyRecipe) -> str:
         [
             f"Theorem 1 on one latent of {recipe.tokens} tokens, n = {recipe.channels} channels: {LATENT}",
             "d: width of the output layer; bound: (n - d)/n; certificate: the floor under the trained output layer;",
-            f"loss: {recipe.evaluation_draws} fresh draws after training; sample error: {recipe.sample_steps} Euler steps",
+            f"loss: mean of {recipe.evaluation_draws} fresh draws after training; "
+            f"sample error: of {SAMPLES} samples by {recipe.sample_steps} Euler steps",
             "",
             aligned(COLUMNS),
         ]
@@ -312,39 +321,40 @@ def draw_figure(rows: list[Row], recipe: OverfitToyRecipe, path: Path) -> str:
     left, right = figure.subplots(1, 2)
     plot_losses(left, rows, recipe)
     plot_curves(right, rows)
-    figure.suptitle(f"Theorem 1 on one latent: n = {recipe.channels}, {recipe.tokens} tokens, {recipe.steps} steps")
+    head = f", head of width {recipe.head[0]} and depth {recipe.head[1]}" if recipe.head else ""
+    sizes = f"n = {recipe.channels}, {recipe.tokens} tokens, {recipe.steps} steps{head}"
+    figure.suptitle(f"Theorem 1 on one latent: {sizes}")
     with atomic_file(path) as scratch:
         figure.savefig(scratch, dpi=120, format="png")
     return f", figure: {path}"
 
 
 def plot_losses(axis: Any, rows: list[Row], recipe: OverfitToyRecipe) -> None:
-    """Loss against width on a log axis. Where the bound is 0 it has no place there: it falls off the axis at d = n."""
-    lowest = min(row.loss for row in rows) / 2
-    widths = sorted({row.width for row in rows})
-    begin, end = widths[0] * 0.95, widths[-1] * 1.05
-    line = [begin + (end - begin) * k / 1000 for k in range(1001)]
-    bounds = [max(lowest / 10, rows[0].bound if recipe.head else 1 - width / recipe.channels) for width in line]
-    axis.plot(line, bounds, "k--", label="bound (n - d)/n" + (", 0 from d = n" if not recipe.head else ""))
+    """Loss against width on a log axis, where a bound of 0 has no place: it falls off the axis at d = n."""
+    lowest, highest = min(row.loss for row in rows) / 2, max(2.0, *(row.loss * 1.5 for row in rows))
     for number, depth in enumerate(sorted({row.depth for row in rows})):
         of_depth = [row for row in rows if row.depth == depth]
-        means = [[row.loss for row in of_depth if row.width == width] for width in widths]
-        axis.plot(widths, [sum(mean) / len(mean) for mean in means], color=f"C{number}", alpha=0.5)
         axis.errorbar(
             [row.width for row in of_depth],
             [row.loss for row in of_depth],
             yerr=[ERRORS_ALLOWED * row.standard_error for row in of_depth],
             fmt=f"C{number}o",
             capsize=3,
-            label=f"loss, depth {depth} ({ERRORS_ALLOWED} s.e.)",
+            label=f"loss +- {ERRORS_ALLOWED} s.e., depth {depth}",
         )
     certified = [row for row in rows if row.certificate > 0]
     points = [row.width for row in certified], [row.certificate for row in certified]
-    axis.plot(*points, "kx", label="certificate of the trained layer")
-    if not recipe.head and widths[0] <= recipe.channels <= widths[-1]:
-        axis.axvline(recipe.channels, color="grey", linewidth=0.8, linestyle=":")
-    axis.set(yscale="log", ylim=(lowest, 2), xticks=widths, xlabel="width", ylabel="mean squared error, fresh draws")
-    axis.legend(fontsize="small", loc="lower left")
+    axis.plot(*points, "kx", label="certificate of the trained output layer")
+    widths = sorted({row.width for row in rows})
+    margin = (widths[-1] - widths[0]) / 12 or widths[0] / 4
+    begin, end = widths[0] - margin, widths[-1] + margin
+    line = [begin + (end - begin) * k / 1000 for k in range(1001)]
+    bounds = [max(lowest / 10, rows[0].bound if recipe.head else 1 - width / recipe.channels) for width in line]
+    axis.plot(line, bounds, "k--", label=f"bound (n - d)/n; n = {recipe.channels}")
+    axis.fill_between(line, bounds, lowest / 10, color="0.9", label="out of reach")
+    axis.set(yscale="log", xlim=(begin, end), ylim=(lowest, highest), xticks=widths)
+    axis.set(xlabel="width" + (" of the backbone" if recipe.head else " d"), ylabel="mean squared error, fresh draws")
+    axis.legend(fontsize="small", loc="upper right")
 
 
 def plot_curves(axis: Any, rows: list[Row]) -> None:
@@ -355,4 +365,4 @@ def plot_curves(axis: Any, rows: list[Row]) -> None:
         if row.bound > 0:
             axis.axhline(row.bound, color=f"C{number % 10}", linewidth=0.8, linestyle="--")
     axis.set(yscale="log", xlabel="step", ylabel="training loss (window mean); dashed: bound")
-    axis.legend(fontsize="small", ncols=1 + len(rows) // 8, loc="lower left")
+    axis.legend(fontsize="small", ncols=1 + len(rows) // 8, loc="best")

@@ -22,6 +22,7 @@ from raecli.flow.path import flow_loss, noisy_latents
 from raecli.flow.time import training_time
 from raecli.models.build import diffusion_of
 from raecli.models.dit import parameter_count
+from raecli.models.layers import Block
 from raecli.recipe.recipes import TrainDiffusionRecipe
 from raecli.recipe.spec import duration_in_steps
 from raecli.store.checkpoint import load_optimizer, newest_checkpoint, optimizer_tensors, save_checkpoint, save_final
@@ -133,7 +134,7 @@ def resume_or_start(recipe: TrainDiffusionRecipe, run_folder: Path, ranks: Ranks
             print(f"resuming {run_folder} at step {checkpoint.step}", file=sys.stderr)
     if recipe.compile:
         for block in model.modules():
-            if type(block).__name__ == "Block":
+            if isinstance(block, Block):
                 block.compile()
     forward: nn.Module = model
     if ranks.world > 1:
@@ -150,8 +151,9 @@ def make_batch(cache: LatentCache, step: int, recipe: TrainDiffusionRecipe, rank
     flips = None
     if recipe.horizontal_flip and cache.has_flips:
         flips = (uniforms(recipe.seed, "flip", positions) < 0.5).tolist()
-    dropped = uniforms(recipe.seed, "label", positions) < recipe.label_dropout
-    labels = cache.labels[torch.from_numpy(indices)].masked_fill(dropped, recipe.model.num_classes or 0)
+    null_label = recipe.model.num_classes or 0  # without classes it is the only label
+    dropped = uniforms(recipe.seed, "label", positions) < (recipe.label_dropout if null_label else 1.0)
+    labels = cache.labels[torch.from_numpy(indices)].masked_fill(dropped, null_label)
     flow = recipe.flow
     t = training_time(
         uniforms(recipe.seed, "time", positions),

@@ -11,7 +11,9 @@ from raecli.recipe.blocks import Dtype, EncoderSpec
 from raecli.recipe.spec import Count, Spec
 
 MANIFEST = "manifest.json"
-PREPROCESS = "adm-center-crop"  # guided-diffusion's: halve by BOX while twice too large, BICUBIC, crop the centre
+PREPROCESS: Literal["adm-center-crop"] = (
+    "adm-center-crop"  # guided-diffusion's: halve by BOX while twice too large, BICUBIC, crop the centre
+)
 
 
 class ShardRecord(Spec):

@@ -15,7 +15,15 @@ from tests.e2e.faults import kill_group_at, start, wait_for
 
 
 def diffusion(cache, output, steps, *more):
-    return ("train-diffusion", "digits/diffusion", f"cache={cache}", f"output={output}", f"duration={steps} steps", *TINY_DIFFUSION, *more)
+    return (
+        "train-diffusion",
+        "digits/diffusion",
+        f"cache={cache}",
+        f"output={output}",
+        f"duration={steps} steps",
+        *TINY_DIFFUSION,
+        *more,
+    )
 
 
 def weights(run):
@@ -39,7 +47,9 @@ def test_killed_and_resumed_equals_unbroken_to_the_byte(tmp_path, rae, cache):
     assert weights(broken) == weights(tmp_path / "whole")
     assert len(weights(broken)) == 2 * 4 + 2
     assert not list(broken.rglob(".partial-*"))
-    losses = {line["step"]: line["loss"] for line in map(json.loads, (broken / "metrics.jsonl").read_text().splitlines())}
+    losses = {
+        line["step"]: line["loss"] for line in map(json.loads, (broken / "metrics.jsonl").read_text().splitlines())
+    }
     assert sorted(losses) == list(range(5, 301, 5)) and losses[300] < losses[5]
 
 
@@ -58,7 +68,10 @@ def test_two_processes_equal_one_with_or_without_accumulation(tmp_path, rae, cac
 def test_a_signal_saves_and_the_same_command_goes_on(tmp_path, rae, cache, number, code):
     more = ("save_every=100000 steps",)
     process = start(*diffusion(cache, "run", 100000, *more), cwd=tmp_path)
-    wait_for(process, lambda: (tmp_path / "run" / "metrics.jsonl").exists() and (tmp_path / "run" / "metrics.jsonl").stat().st_size)
+    wait_for(
+        process,
+        lambda: (tmp_path / "run" / "metrics.jsonl").exists() and (tmp_path / "run" / "metrics.jsonl").stat().st_size,
+    )
     process.send_signal(number)
     out, err = process.communicate(timeout=60)
     assert process.returncode == code, err
@@ -103,9 +116,16 @@ def test_a_killed_rank_ends_the_job_and_is_named(tmp_path, cache):
 
 def test_a_loss_that_explodes_stops_before_the_weights_are_touched(tmp_path, rae, cache):
     rae(*diffusion(cache, "run", 20))
-    result = rae(*diffusion(cache, "run2", 20, "optimizer.learning_rate=1e30", "schedule.final_learning_rate=1e29", "save_every=1 steps"), code=5)
+    result = rae(
+        *diffusion(
+            cache, "run2", 20, "optimizer.learning_rate=1e30", "schedule.final_learning_rate=1e29", "save_every=1 steps"
+        ),
+        code=5,
+    )
     assert "step" in result.stderr and "class" in result.stderr  # the step and the samples' keys
-    for name, value in load_file(tmp_path / "run2" / "checkpoints" / checkpoints(tmp_path / "run2")[-1] / "model.safetensors").items():
+    for name, value in load_file(
+        tmp_path / "run2" / "checkpoints" / checkpoints(tmp_path / "run2")[-1] / "model.safetensors"
+    ).items():
         assert value.isfinite().all(), name
 
 
@@ -125,7 +145,7 @@ def test_what_a_user_gets_wrong_is_told_without_a_traceback(tmp_path, rae, cache
     cases = [
         (("train-diffusion", "digits/diffusion", "cache=nowhere"), 3, "nowhere"),
         (("train-diffusion", "digits/difusion"), 2, "digits/diffusion"),
-        (("train-diffusion", "digits/diffusion", "model.widht=16"), 2, "model.width"),
+        (("train-diffusion", "digits/diffusion", "model.widht=16"), 2, "did you mean width?"),
         (diffusion(cache, "run", 5, "model.in_channels=768"), 3, "768"),
         (diffusion(cache, "run", 5, "batch_size=7") + ("--devices", "2"), 2, "7 cannot be shared by 2"),
     ]
@@ -146,11 +166,19 @@ def test_a_dry_run_shows_the_resolved_recipe_and_starts_nothing(tmp_path, rae, c
 
 def test_a_decoder_learns_resumes_exactly_and_loads_alone(tmp_path, rae, cache, images):
     def decoder(output, *more):
-        shared = (f"images={images}", f"cache={cache}", "loss.perceptual=none", "loss.perceptual_weights=null", "save_every=10 steps")
+        shared = (
+            f"images={images}",
+            f"cache={cache}",
+            "loss.perceptual=none",
+            "loss.perceptual_weights=null",
+            "save_every=10 steps",
+        )
         return ("train-decoder", "digits/decoder", f"output={output}", *shared, *TINY_DECODER, *more)
 
     rae(*decoder("whole", "duration=60 steps", "augmentation.crop=random", "augmentation.resize=36"))
-    process = start(*decoder("broken", "duration=60 steps", "augmentation.crop=random", "augmentation.resize=36"), cwd=tmp_path)
+    process = start(
+        *decoder("broken", "duration=60 steps", "augmentation.crop=random", "augmentation.resize=36"), cwd=tmp_path
+    )
     kill_group_at(process, lambda: (tmp_path / "broken" / "checkpoints" / "step-0000020").exists())
     rae(*decoder("broken", "duration=60 steps", "augmentation.crop=random", "augmentation.resize=36"))
     assert weights(tmp_path / "broken") == weights(tmp_path / "whole")

@@ -28,14 +28,28 @@ def released(name: str) -> nn.Module:
     """A model with the released code's random weights."""
     sizes = json.loads((VECTORS / "models.json").read_text())[name]
     weights = torch.load(VECTORS / f"{name}.pt", weights_only=True)
-    shared = {"in_channels": sizes["in_channels"], "input_size": sizes["input_size"], "num_classes": sizes["num_classes"]}
+    shared = {
+        "in_channels": sizes["in_channels"],
+        "input_size": sizes["input_size"],
+        "num_classes": sizes["num_classes"],
+    }
     if name == "dit":
         model = DiT(**shared, width=sizes["hidden_size"], depth=sizes["depth"], heads=sizes["num_heads"])
         model.load_state_dict(diffusion_from_official(weights, backbone_depth=None))
         return model
-    (width, head_width), (depth, head_depth), (heads, head_heads) = sizes["hidden_size"], sizes["depth"], sizes["num_heads"]
+    (width, head_width), (depth, head_depth), (heads, head_heads) = (
+        sizes["hidden_size"],
+        sizes["depth"],
+        sizes["num_heads"],
+    )
     model = DiTDH(
-        **shared, width=width, depth=depth, heads=heads, head_width=head_width, head_depth=head_depth, head_heads=head_heads
+        **shared,
+        width=width,
+        depth=depth,
+        heads=heads,
+        head_width=head_width,
+        head_depth=head_depth,
+        head_heads=head_heads,
     )
     model.load_state_dict(diffusion_from_official(weights, backbone_depth=depth))
     return model

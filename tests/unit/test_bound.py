@@ -22,7 +22,7 @@ def cubature(channels):
 
 
 def best_loss(weight, bias, tokens):
-    """The least expected loss of out = weight h + bias over all h that know the noise: by least squares, a draw each."""
+    """The least expected loss of weight h + bias over all h that know the noise: by least squares, a draw each."""
     losses = []
     for token in tokens:
         target = cubature(len(token)) - token  # [2n, n]

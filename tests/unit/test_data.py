@@ -76,7 +76,15 @@ def test_a_decompression_bomb_is_refused(monkeypatch):
 
 
 def test_keys_are_unique_ascii_without_dots():
-    names = ["a/x.png", "a/x.jpg", "a.b/x.y.png", "a_b/x_y.png", "é/ü.png", "deep/" * 40 + "x.png", "deep/" * 40 + "y.png"]
+    names = [
+        "a/x.png",
+        "a/x.jpg",
+        "a.b/x.y.png",
+        "a_b/x_y.png",
+        "é/ü.png",
+        "deep/" * 40 + "x.png",
+        "deep/" * 40 + "y.png",
+    ]
     keys = unique_keys(names)
     assert len(set(keys)) == len(names)
     assert all("." not in key and key.isascii() and 0 < len(key) <= 80 for key in keys)
@@ -159,7 +167,9 @@ def test_each_epoch_is_a_permutation_and_epochs_differ():
 @pytest.mark.parametrize("ranks", [1, 2, 3, 4])
 def test_the_ranks_share_a_step_in_order_across_the_end_of_an_epoch(ranks):
     whole = stream_slice(0, 10, 0, 24)
-    shares = [stream_slice(0, 10, step * 12 + rank * (12 // ranks), 12 // ranks) for step in range(2) for rank in range(ranks)]
+    shares = [
+        stream_slice(0, 10, step * 12 + rank * (12 // ranks), 12 // ranks) for step in range(2) for rank in range(ranks)
+    ]
     np.testing.assert_array_equal(np.concatenate(shares), whole)
 
 

@@ -99,7 +99,9 @@ def points():
 @pytest.mark.parametrize("alpha", [0.3, 1.0, 6.9])
 def test_a_straight_path_is_followed_exactly_for_any_steps_and_shift(points, solver, steps, alpha):
     noise = torch.randn(3, 2, 2, 2)
-    end = sample(PointMass(points), noise, torch.zeros(3, dtype=torch.long), steps=steps, solver=solver, time_shift=alpha)
+    end = sample(
+        PointMass(points), noise, torch.zeros(3, dtype=torch.long), steps=steps, solver=solver, time_shift=alpha
+    )
     torch.testing.assert_close(end, points[0].expand_as(end), atol=2e-5, rtol=0)  # fp32 over 50 steps
 
 
@@ -111,7 +113,12 @@ def test_evaluations_of_each_solver_and_grid(points):
             model = PointMass(points)
             sample(model, noise, labels, steps=50, solver=solver, time_grid=grid)
             counts[solver, grid] = model.calls
-    assert counts == {("euler", "paper"): 50, ("euler", "released"): 49, ("heun", "paper"): 99, ("heun", "released"): 98}
+    assert counts == {
+        ("euler", "paper"): 50,
+        ("euler", "released"): 49,
+        ("heun", "paper"): 99,
+        ("heun", "released"): 98,
+    }
 
 
 def test_heun_is_second_order_and_euler_first():
@@ -122,7 +129,10 @@ def test_heun_is_second_order_and_euler_first():
     model, noise = Curved(torch.zeros(2, 2, 2, 2)), torch.ones(1, 2, 2, 2)
     errors = {}
     for solver in ("euler", "heun"):
-        ends = [sample(model, noise, torch.zeros(1, dtype=torch.long), steps=n, solver=solver, time_shift=1.0) for n in (20, 40)]
+        ends = [
+            sample(model, noise, torch.zeros(1, dtype=torch.long), steps=n, solver=solver, time_shift=1.0)
+            for n in (20, 40)
+        ]
         errors[solver] = [abs(float(end.mean()) - math.exp(-0.5)) for end in ends]
     assert errors["euler"][0] / errors["euler"][1] == pytest.approx(2, rel=0.1)
     assert errors["heun"][0] / errors["heun"][1] == pytest.approx(4, rel=0.2)
@@ -145,7 +155,9 @@ def test_guidance_extrapolates_away_from_the_weak_model(points):
 def test_the_second_model_runs_inside_the_interval_alone(points):
     model, guide = PointMass(points), PointMass(points.flip(0))
     labels, noise = torch.zeros(1, dtype=torch.long), torch.randn(1, 2, 2, 2)
-    sample(model, noise, labels, steps=10, time_shift=1.0, guidance_scale=2.0, guidance_interval=(0.25, 0.75), guide=guide)
+    sample(
+        model, noise, labels, steps=10, time_shift=1.0, guidance_scale=2.0, guidance_interval=(0.25, 0.75), guide=guide
+    )
     assert (model.evaluated, guide.evaluated) == (10, 5)  # t = .7, .6, .5, .4, .3
     model = PointMass(points)
     sample(model, noise, labels, steps=10, time_shift=1.0, guidance_scale=2.0, guidance_interval=(0.25, 0.75))
