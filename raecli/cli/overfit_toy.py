@@ -23,6 +23,8 @@ class Preset(enum.StrEnum):
     PAPER = "paper"
 
 
+EVERY_PRESET = {"stage": "overfit-toy", "batch_size": 32, "sample_steps": 25}  # App. G
+
 # Learning rate 2e-4 (App. G) is right near width 768 only; narrower models need more, about as 1 / width.
 PRESETS: dict[Preset, dict[str, Any]] = {
     Preset.TINY: {
@@ -117,13 +119,15 @@ def overfit_toy(
     """
     from raecli.launch import LaunchOptions, start
 
-    widths = parse_numbers("--width", width, range_step=WIDTH_STEP) if width else None
-    depths = parse_numbers("--depth", depth, range_step=1) if depth else None
+    widths = parse_numbers("--width", width, range_step=WIDTH_STEP) if width is not None else None
+    depths = parse_numbers("--depth", depth, range_step=1) if depth is not None else None
+    ddt_head = parse_head(head) if head is not None else None
     chosen, why = (preset, "as asked") if preset else choose_preset(widths)
-    values = PRESETS[chosen] | {
-        "stage": "overfit-toy",
+    values = {
+        **EVERY_PRESET,
+        **PRESETS[chosen],
         "preset": chosen.value,
-        "head": parse_head(head) if head else None,
+        "head": ddt_head,
         "seeds": tuple(range(seeds)),
         "output": out,
         "print_json": as_json,

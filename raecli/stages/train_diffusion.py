@@ -256,8 +256,8 @@ def finish(
     """Write final/: the averaged model and its card."""
     encoder = cache.manifest.encoder
     card = (
-        f"# {run_folder.name}\n\nA {recipe.model.kind} with {parameter_count(state.model):,} parameters, trained by rae "
-        f"on latents of {encoder.name} ({recipe.cache}) for {state.step} steps of {recipe.batch_size} images.\n\n"
+        f"# {run_folder.name}\n\nA {recipe.model.kind} with {parameter_count(state.model):,} parameters, trained by "
+        f"rae on latents of {encoder.name} ({recipe.cache}) for {state.step} steps of {recipe.batch_size} images.\n\n"
         f"{recipe.paper}\n\n"
         f"    rae sample {run_folder}/final samples/ --autoencoder AUTOENCODER\n"
     )

@@ -5,7 +5,7 @@ from torch import Tensor, nn
 
 
 class Ema:
-    """Averaged copies of a model's parameters. `weights()`: a state dict of averages, and of the model's own buffers."""
+    """Averaged copies of a model's parameters. `weights()`: a state dict of averages and the model's own buffers."""
 
     def __init__(self, model: nn.Module, decay: float, *, ramp: bool = False) -> None:
         self.model, self.decay, self.ramp = model, decay, ramp

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from raecli.cli.overfit_toy import ADDED, PRESETS, Preset, build_recipe, choose_preset, parse_numbers
+from raecli.cli.overfit_toy import EVERY_PRESET, PRESETS, Preset, build_recipe, choose_preset, parse_numbers
 from raecli.errors import ExitCode, NonFiniteError, RaeError, UsageError
 from raecli.recipe.recipes import OverfitToyRecipe
 from raecli.stages.overfit_toy import (
@@ -88,7 +88,8 @@ def test_a_narrow_model_keeps_its_noise_and_a_wide_one_converges(tmp_path, capsy
 
 
 def test_the_tiny_preset_trains_to_within_a_few_hundredths_of_the_bound(tmp_path):
-    recipe = build_recipe(PRESETS[Preset.TINY] | ADDED | {"widths": (48,), "output": str(tmp_path)})
+    asked = {"preset": "tiny", "widths": (48,), "seeds": (0,), "output": str(tmp_path)}
+    recipe = build_recipe({**EVERY_PRESET, **PRESETS[Preset.TINY], **asked})
     row = measure(jobs_of(recipe)[0], recipe, ALONE)
     assert row.bound == 0.25 and row.verdict == "cannot be trained away"
     assert row.bound <= row.certificate < 0.252  # the output layer finds the best subspace

@@ -4,6 +4,7 @@ import json
 import os
 import signal
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -73,7 +74,7 @@ def test_a_signal_saves_and_the_same_command_goes_on(tmp_path, rae, cache, numbe
         lambda: (tmp_path / "run" / "metrics.jsonl").exists() and (tmp_path / "run" / "metrics.jsonl").stat().st_size,
     )
     process.send_signal(number)
-    out, err = process.communicate(timeout=60)
+    _, err = process.communicate(timeout=60)
     assert process.returncode == code, err
     assert "Traceback" not in err
     saved = checkpoints(tmp_path / "run")
@@ -85,7 +86,7 @@ def test_a_signal_saves_and_the_same_command_goes_on(tmp_path, rae, cache, numbe
 def test_workers_end_with_their_launcher(tmp_path, cache):
     process = start(*diffusion(cache, "run", 100000), cwd=tmp_path)
     wait_for(process, lambda: (tmp_path / "run" / "metrics.jsonl").exists())
-    children = [int(pid) for pid in open(f"/proc/{process.pid}/task/{process.pid}/children").read().split()]
+    children = children_of(process.pid)
     assert children
     os.kill(process.pid, signal.SIGKILL)
     process.communicate()
@@ -95,10 +96,15 @@ def test_workers_end_with_their_launcher(tmp_path, cache):
     assert not any(is_alive(pid) for pid in children)
 
 
+def children_of(pid: int) -> list[int]:
+    """Processes that this one started."""
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
 def is_alive(pid: int) -> bool:
     """Whether a process runs (a zombie does not)."""
     try:
-        return open(f"/proc/{pid}/stat").read().rpartition(")")[2].split()[0] != "Z"
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except FileNotFoundError:
         return False
 
@@ -106,8 +112,8 @@ def is_alive(pid: int) -> bool:
 def test_a_killed_rank_ends_the_job_and_is_named(tmp_path, cache):
     process = start(*diffusion(cache, "run", 100000), "--devices", "2", cwd=tmp_path)
     wait_for(process, lambda: (tmp_path / "run" / "metrics.jsonl").exists())
-    children = [int(pid) for pid in open(f"/proc/{process.pid}/task/{process.pid}/children").read().split()]
-    victim = next(pid for pid in children if b"RANK=1\0" in open(f"/proc/{pid}/environ", "rb").read())
+    variables = {pid: Path(f"/proc/{pid}/environ").read_bytes().split(b"\0") for pid in children_of(process.pid)}
+    victim = next(pid for pid, told in variables.items() if b"RANK=1" in told)
     os.kill(victim, signal.SIGKILL)
     _, err = process.communicate(timeout=60)
     assert process.returncode == 7, err
@@ -147,7 +153,7 @@ def test_what_a_user_gets_wrong_is_told_without_a_traceback(tmp_path, rae, cache
         (("train-diffusion", "digits/difusion"), 2, "digits/diffusion"),
         (("train-diffusion", "digits/diffusion", "model.widht=16"), 2, "did you mean width?"),
         (diffusion(cache, "run", 5, "model.in_channels=768"), 3, "768"),
-        (diffusion(cache, "run", 5, "batch_size=7") + ("--devices", "2"), 2, "7 cannot be shared by 2"),
+        ((*diffusion(cache, "run", 5, "batch_size=7"), "--devices", "2"), 2, "7 cannot be shared by 2"),
     ]
     for arguments, code, told in cases:
         result = rae(*arguments, code=code)
