@@ -106,15 +106,18 @@ def unpatchify(tokens: Tensor, patch_size: int) -> Tensor:
 
 
 class TimeEmbed(nn.Module):
-    """Gaussian Fourier features of t, then a two-layer perceptron. Song et al. 2021; App. F."""
+    """Gaussian Fourier features of t, then a two-layer perceptron. Song et al. 2021; App. F.
 
-    def __init__(self, width: int, frequencies: int = 256, scale: float = 256.0) -> None:
+    256 frozen frequencies W ~ N(0, 1), as the released weights have them (their standard deviation is 1.00 to 1.07).
+    """
+
+    def __init__(self, width: int, frequencies: int = 256) -> None:
         super().__init__()
-        self.register_buffer("frequencies", torch.randn(frequencies) * scale)  # frozen, saved
+        self.register_buffer("frequencies", torch.randn(frequencies))  # saved with the weights
         self.mlp = nn.Sequential(nn.Linear(2 * frequencies, width), nn.SiLU(), nn.Linear(width, width))
 
     def forward(self, t: Tensor) -> Tensor:
-        """t: [B] in [0, 1] -> [B, width]. The phase 2 pi t W reaches thousands: float32 whatever the autocast."""
+        """t: [B] in [0, 1] -> [B, width]. The phase 2 pi t W is taken in float32, whatever the autocast."""
         phase = 2 * math.pi * t.float()[:, None] * self.frequencies
         return self.mlp(torch.cat([phase.sin(), phase.cos()], dim=-1))
 

@@ -27,7 +27,7 @@ from raecli.store.atomic import atomic_file, write_json
 from raecli.training.distributed import Ranks
 
 LATENT = "a synthetic token map (LayerNorm of Gaussian noise); the bound does not depend on the latent"
-NEAR = 0.06  # excess of a trained model; .048 is the most seen, at d = n = 64, the slowest case (THEORY section 3)
+NEAR = 0.06  # excess of a trained model; .048 is the most seen, at d = n = 64, the slowest case
 SAMPLES = 64  # generated latents a job
 CURVE_POINTS = 100
 WIDE = 384  # from here the matrix products of a step are worth more than one thread
@@ -281,7 +281,7 @@ def check(rows: list[Row]) -> None:
 
 
 COLUMNS = ("width", "depth", "seed", "d", "bound", "certificate", "loss +- s.e.", "excess", "sample error", "verdict")
-SIZES = (5, 5, 4, 4, 7, 11, 17, 7, 12, 0)
+SIZES = (5, 5, 4, 4, 7, 11, 18, 7, 12, 0)
 
 
 def heading(recipe: OverfitToyRecipe) -> str:
@@ -300,7 +300,7 @@ def heading(recipe: OverfitToyRecipe) -> str:
 
 def table_line(row: Row) -> str:
     """One row of the table."""
-    loss = f"{row.loss:.4f} +- {row.standard_error:.4f}"
+    loss = f"{row.loss:.4f} +- {row.standard_error:.5f}"
     numbers = [f"{row.bound:.4f}", f"{row.certificate:.4f}", loss, f"{row.excess:.4f}", f"{row.sample_error:.4f}"]
     sizes = [str(value) for value in (row.width, row.depth, row.seed, row.output_width)]
     return aligned((*sizes, *numbers, row.verdict))

@@ -129,8 +129,11 @@ def newest_checkpoint(run: Path) -> Checkpoint | None:
 def save_final(
     run: Path, *, weights: dict[str, Tensor], statistics: LatentStatistics, config: dict[str, Any], card: str
 ) -> Path:
-    """Write `final/`: the averaged weights and all that inference needs. An older one is replaced."""
+    """Write `final/`: the averaged weights and all that inference needs. One of another step is replaced."""
     folder = run / "final"
+    sweep_scratch(run)
+    if is_final_of(folder, config):
+        return folder
     if folder.exists():
         shutil.rmtree(folder)
     with atomic_folder(folder) as scratch:
@@ -140,3 +143,13 @@ def save_final(
         digests = {name: sha256_of(scratch / name) for name in (MODEL, STATISTICS)}
         write_json(scratch / CONFIG, config | {"sha256": digests})
     return folder
+
+
+def is_final_of(folder: Path, config: dict[str, Any]) -> bool:
+    """Whether a whole final model with this configuration lies there already."""
+    try:
+        found = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+        whole = all(sha256_of(folder / name) == digest for name, digest in found.pop("sha256").items())
+        return whole and found == json.loads(json.dumps(config))
+    except (OSError, ValueError, KeyError, AttributeError):
+        return False

@@ -23,6 +23,8 @@ def hold_folder(folder: Path) -> Iterator[None]:
     with path.open("a+") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if not path.exists() or path.stat().st_ino != os.fstat(file.fileno()).st_ino:
+                raise BlockingIOError  # the holder before us has just removed this very file
         except BlockingIOError:
             file.seek(0)
             raise UsageError(

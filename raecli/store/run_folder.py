@@ -12,14 +12,8 @@ from raecli.recipe.load import dump_recipe, load_recipe
 from raecli.recipe.spec import Spec
 from raecli.store.atomic import write_json, write_text
 
-OPERATIONAL = {
-    "log_every",
-    "save_every",
-    "keep_checkpoints",
-    "micro_batch_size",
-    "compile",
-    "output",
-}  # may change on resume
+# May change when a run goes on. A run at a constant rate may also be made longer.
+OPERATIONAL = {"log_every", "save_every", "keep_checkpoints", "micro_batch_size", "compile", "output"}
 
 
 def prepare_run(run: Path, recipe: Spec) -> None:
@@ -30,10 +24,11 @@ def prepare_run(run: Path, recipe: Spec) -> None:
     path = run / "recipe.yaml"
     if path.exists():
         before, now = load_recipe(type(recipe), str(path)).to_dict(), recipe.to_dict()
+        free = OPERATIONAL | ({"duration"} if now["schedule"]["kind"] == "constant" else set())
         differing = [
             f"{key}: {before[key]!r} before, {now[key]!r} now"
             for key in now
-            if key not in OPERATIONAL and before.get(key) != now[key]
+            if key not in free and before.get(key) != now[key]
         ]
         if differing:
             lines = "".join(f"\n  {line}" for line in differing)

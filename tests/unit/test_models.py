@@ -5,7 +5,7 @@ import torch
 
 from raecli.models.decoder import Decoder
 from raecli.models.dit import DiT, DiTDH, parameter_count
-from raecli.models.layers import PatchEmbed, rotary_angles, rotate, sincos_positions, unpatchify
+from raecli.models.layers import PatchEmbed, TimeEmbed, rotary_angles, rotate, sincos_positions, unpatchify
 
 SIZES = {"s": (384, 12, 6), "b": (768, 12, 12), "l": (1024, 24, 16), "xl": (1152, 28, 16)}  # Table 13
 # FACTS section 2, run on the released code.
@@ -115,3 +115,9 @@ def test_decoder_upsamples_by_its_patch():
     decoder = Decoder(in_channels=8, tokens_side=4, width=16, depth=1, heads=2, mlp_width=32, patch_size=6)
     assert decoder(torch.randn(2, 8, 4, 4)).shape == (2, 3, 24, 24)
     assert decoder.last_layer is decoder.predict.weight
+
+
+def test_time_frequencies_are_standard_normal():
+    torch.manual_seed(0)
+    drawn = torch.cat([TimeEmbed(8).frequencies for _ in range(40)])  # 10 240 draws
+    assert abs(drawn.mean()) < 0.04 and abs(drawn.std() - 1) < 0.03  # four standard errors

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 import webdataset
+from safetensors.torch import load_file
 from torch import nn
 
 from raecli.errors import CheckpointError, InputError, UsageError
@@ -210,9 +211,10 @@ def test_a_final_model_replaces_the_one_before(tmp_path):
             tmp_path,
             weights={"w": torch.full((2,), value)},
             statistics=LatentStatistics(None, torch.ones(1)),
-            config={"format": "test"},
+            config={"format": "test", "step": value},
             card="# card\n",
         )
+    assert torch.equal(load_file(folder / "model.safetensors")["w"], torch.full((2,), 2.0))
     assert sorted(path.name for path in folder.iterdir()) == [
         "README.md",
         "config.json",
