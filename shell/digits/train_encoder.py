@@ -13,13 +13,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from data import IMAGE_SIZE, random_affine, split_tensors
 from safetensors.torch import save
 from sklearn.linear_model import LogisticRegression
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
 from raecli.store.atomic import atomic_folder
+
+from data import IMAGE_SIZE, random_affine, split_tensors
 
 ASSET = Path(__file__).parents[2] / "raecli" / "assets" / "digits_mae"
 PATCH, WIDTH, DEPTH, HEADS, MLP_WIDTH = 8, 32, 3, 4, 128

@@ -11,7 +11,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from data import random_affine
 from PIL import Image
 from torch import Tensor
 from torch.nn import functional
@@ -19,6 +18,8 @@ from torch.nn import functional
 from raecli.errors import InputError, RaeError
 from raecli.models.classifier import Classifier, save_classifier
 from raecli.store.atomic import write_json
+
+from data import random_affine
 
 SEEDS = {"loss": 1, "judge": 2}
 LABEL_SMOOTHING = 0.03  # keeps the features small: a Frechet distance of about 4 between test and training split

@@ -1,0 +1,90 @@
+"""Multiply-adds of one image's forward pass, by counting matrix products: the paper's way, and as they run. App. M.
+
+The paper's GFLOPs are multiply-adds. For encoder and decoder they leave out the two attention products; for DiT they
+have them, but count the head's adaLN once an image, although it runs once a token, and no embedding. FLOPs as they run
+are two a multiply-add.
+"""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Macs:
+    """Multiply-adds of one forward of one image."""
+
+    paper: int  # as the paper counts
+    executed: int  # every matrix product that runs
+
+    def __add__(self, other: "Macs") -> "Macs":
+        return Macs(self.paper + other.paper, self.executed + other.executed)
+
+
+def swiglu_hidden(width: int, ratio: float) -> int:
+    """Hidden channels of SwiGLU: int(2/3 x int(ratio x width))."""
+    return int(2 / 3 * int(ratio * width))
+
+
+def attention_macs(tokens: int, width: int) -> int:
+    """The two products of attention: scores, and scores times values."""
+    return 2 * tokens**2 * width
+
+
+def dit_blocks(*, tokens: int, width: int, depth: int, mlp_ratio: float, modulations: int) -> Macs:
+    """DiT blocks; `modulations`: how often adaLN runs, 1 in a backbone, `tokens` in the DDT head."""
+    linear = tokens * (4 * width**2 + 3 * width * swiglu_hidden(width, mlp_ratio))
+    block = linear + attention_macs(tokens, width)
+    adaln = 6 * width**2
+    return Macs(depth * (block + adaln), depth * (block + modulations * adaln))
+
+
+def diffusion_macs(
+    *,
+    in_channels: int,
+    input_size: int,
+    patch_size: int = 1,
+    width: int,
+    depth: int,
+    head_width: int | None = None,
+    head_depth: int | None = None,
+    mlp_ratio: float = 4.0,
+) -> Macs:
+    """A DiT, or with a head a DiT-DH. Tables 15 and 18."""
+    tokens = (input_size // patch_size) ** 2
+    patch = in_channels * patch_size**2
+    blocks = dit_blocks(tokens=tokens, width=width, depth=depth, mlp_ratio=mlp_ratio, modulations=1)
+    embeddings = tokens * patch * width + 512 * width + width**2  # patches, time
+    out_width, modulations = head_width or width, tokens if head_width else 1
+    if head_width and head_depth:
+        blocks += head_macs(tokens=tokens, width=head_width, depth=head_depth, mlp_ratio=mlp_ratio)
+        embeddings += tokens * patch * head_width + (tokens * width * head_width if width != head_width else 0)
+    final = modulations * 2 * out_width**2 + tokens * out_width * patch
+    return blocks + Macs(0, embeddings + final)
+
+
+def head_macs(*, tokens: int, width: int, depth: int, mlp_ratio: float = 4.0) -> Macs:
+    """The blocks of a DDT head, adaLN once a token as they run. Table 15."""
+    return dit_blocks(tokens=tokens, width=width, depth=depth, mlp_ratio=mlp_ratio, modulations=tokens)
+
+
+def vit_macs(*, tokens: int, width: int, depth: int, mlp_width: int) -> Macs:
+    """Plain transformer blocks of an encoder or a decoder."""
+    linear = depth * tokens * (4 * width**2 + 2 * width * mlp_width)
+    return Macs(linear, linear + depth * attention_macs(tokens, width))
+
+
+def decoder_macs(
+    *, in_channels: int, tokens_side: int, width: int, depth: int, mlp_width: int, patch_size: int
+) -> Macs:
+    """A ViT decoder, its class token among the tokens. Tables 1b and 18."""
+    tokens = tokens_side**2 + 1
+    ends = tokens_side**2 * in_channels * width + tokens * width * 3 * patch_size**2
+    return vit_macs(tokens=tokens, width=width, depth=depth, mlp_width=mlp_width) + Macs(ends, ends)
+
+
+def encoder_macs(
+    *, tokens_side: int, prefix_tokens: int, width: int, depth: int, mlp_width: int, patch_size: int
+) -> Macs:
+    """A ViT encoder, its class and register tokens among the tokens. Table 18."""
+    patches = tokens_side**2 * 3 * patch_size**2 * width
+    tokens = tokens_side**2 + prefix_tokens
+    return vit_macs(tokens=tokens, width=width, depth=depth, mlp_width=mlp_width) + Macs(patches, patches)
