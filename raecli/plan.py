@@ -1,7 +1,9 @@
-"""What a recipe would cost, for --dry-run: parameters, memory, steps, bytes. Computed, never guessed."""
+"""What a recipe would cost, for --dry-run and `rae flops`: parameters, FLOPs, memory, steps, bytes."""
 
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
+from raecli.errors import UsageError
 from raecli.recipe.recipes import (
     EncodeCacheRecipe,
     SampleRecipe,
@@ -10,6 +12,10 @@ from raecli.recipe.recipes import (
     TrainingRecipe,
 )
 from raecli.recipe.spec import Spec, duration_in_steps
+from raecli.store.manifest import read_manifest
+
+if TYPE_CHECKING:
+    from raecli.models.flops import Macs
 
 STATE_BYTES = 4 * 5  # a parameter's float32 weight, gradient, two Adam moments and average
 
@@ -48,7 +54,6 @@ def model_lines(recipe: TrainDiffusionRecipe | TrainDecoderRecipe) -> list[str]:
 
     from raecli.models.build import decoder_of, diffusion_of
     from raecli.models.dit import parameter_count
-    from raecli.store.manifest import read_manifest
 
     if not Path(recipe.cache).exists():
         return []
@@ -65,8 +70,6 @@ def model_lines(recipe: TrainDiffusionRecipe | TrainDecoderRecipe) -> list[str]:
 
 def step_lines(recipe: TrainingRecipe) -> list[str]:
     """Optimiser steps and images seen."""
-    from raecli.store.manifest import read_manifest
-
     if not Path(recipe.cache).exists():
         return [f"{recipe.duration}, {recipe.batch_size} images a step"]
     samples = read_manifest(recipe.cache).samples
@@ -77,3 +80,75 @@ def step_lines(recipe: TrainingRecipe) -> list[str]:
     steps = duration_in_steps(recipe.duration, samples, recipe.batch_size)
     seen = steps * recipe.batch_size
     return [f"{steps} steps of {recipe.batch_size} images: {seen} of {samples}, {seen / samples:.1f} epochs"]
+
+
+ASSUMED = {"in_channels": 768, "input_size": 16, "num_classes": 1000}  # DINOv2-B at 256 pixels on ImageNet
+
+
+def cost_of(recipe: Spec, peak_tflops: float) -> dict[str, Any]:
+    """What a training recipe's model costs, by name: counts, GFLOP, GiB, images a second at best."""
+    if isinstance(recipe, TrainDiffusionRecipe):
+        return diffusion_cost(recipe, peak_tflops)
+    if isinstance(recipe, TrainDecoderRecipe):
+        return decoder_cost(recipe, peak_tflops)
+    raise UsageError("flops are counted for train-diffusion and train-decoder recipes")
+
+
+def diffusion_cost(recipe: TrainDiffusionRecipe, peak_tflops: float) -> dict[str, Any]:
+    """A DiT's or DiT-DH's. Tables 15 and 18."""
+    import torch
+
+    from raecli.models.build import diffusion_of
+    from raecli.models.dit import parameter_count
+    from raecli.models.flops import diffusion_macs
+
+    sizes, note = dict(ASSUMED), "assumed: no cache at " + recipe.cache
+    if Path(recipe.cache).exists():
+        manifest = read_manifest(recipe.cache)
+        channels, side, _ = manifest.latent_shape
+        sizes, note = {"in_channels": channels, "input_size": side, "num_classes": len(manifest.classes)}, recipe.cache
+    told = {name: getattr(recipe.model, name) or value for name, value in sizes.items()}
+    model = recipe.model.model_copy(update=told)
+    with torch.device("meta"):
+        count = parameter_count(diffusion_of(model))
+    keys = ("in_channels", "input_size", "patch_size", "width", "depth", "head_width", "head_depth", "mlp_ratio")
+    macs = diffusion_macs(**{key: getattr(model, key) for key in keys})
+    latent_bytes = 2 * model.in_channels * model.input_size**2 if model.in_channels and model.input_size else 0
+    bound = peak_tflops * 1e12 / (3 * 2 * macs.executed)
+    return {
+        "sizes": f"{told['in_channels']} x {told['input_size']} x {told['input_size']} ({note})",
+        **shared_cost(count, macs, bound),
+        "latents_gb_per_second_at_that_bound": bound * latent_bytes / 1e9,
+    }
+
+
+def decoder_cost(recipe: TrainDecoderRecipe, peak_tflops: float) -> dict[str, Any]:
+    """A decoder's, and its encoder's where the cache is there. Tables 1b and 18."""
+    import torch
+
+    from raecli.models.decoder import Decoder
+    from raecli.models.flops import decoder_macs
+
+    channels, side, note = ASSUMED["in_channels"], ASSUMED["input_size"], "assumed: no cache at " + recipe.cache
+    if Path(recipe.cache).exists():
+        (channels, side, _), note = read_manifest(recipe.cache).latent_shape, recipe.cache
+    sizes = {"in_channels": channels, "tokens_side": side, **recipe.decoder.model_dump(exclude={"heads"})}
+    with torch.device("meta"):
+        decoder = Decoder(heads=recipe.decoder.heads, **sizes)
+        count = sum(tensor.numel() for tensor in [*decoder.parameters(), *decoder.buffers()])
+    macs = decoder_macs(**sizes)
+    bound = peak_tflops * 1e12 / (3 * 2 * macs.executed)
+    return {"sizes": f"{channels} x {side} x {side} ({note})", **shared_cost(count, macs, bound)}
+
+
+def shared_cost(parameters: int, macs: "Macs", bound: float) -> dict[str, Any]:
+    """The figures that every model has."""
+    return {
+        "parameters": parameters,
+        "paper_gflops": macs.paper / 1e9,  # multiply-adds
+        "executed_gflop_forward": 2 * macs.executed / 1e9,
+        "executed_gflop_training": 6 * macs.executed / 1e9,  # a backward is two forwards
+        "state_gib_a_rank": parameters * STATE_BYTES / 2**30,
+        "training_images_per_second_at_peak": bound,
+        "inference_images_per_second_at_peak": 3 * bound,
+    }

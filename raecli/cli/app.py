@@ -5,7 +5,7 @@ from typing import Annotated
 import typer
 
 from raecli import __version__
-from raecli.cli import encode_cache, evaluate, overfit_toy, recipes, sample, train
+from raecli.cli import encode_cache, evaluate, flops, overfit_toy, recipes, sample, train
 
 app = typer.Typer(
     name="rae",
@@ -41,3 +41,4 @@ app.command("sample")(sample.sample)
 app.add_typer(evaluate.app, name="eval")
 app.command("overfit-toy")(overfit_toy.overfit_toy)
 app.add_typer(recipes.app, name="recipes")
+app.command("flops")(flops.flops)

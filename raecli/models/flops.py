@@ -1,8 +1,8 @@
 """Multiply-adds of one image's forward pass, by counting matrix products: the paper's way, and as they run. App. M.
 
 The paper's GFLOPs are multiply-adds. For encoder and decoder they leave out the two attention products; for DiT they
-have them, but count the head's adaLN once an image, although it runs once a token, and no embedding. FLOPs as they run
-are two a multiply-add.
+have them, with the output projection but no embedding, and count the head's adaLN once an image, although it runs once
+a token. FLOPs as they run are two a multiply-add.
 """
 
 from dataclasses import dataclass
@@ -51,19 +51,25 @@ def diffusion_macs(
     """A DiT, or with a head a DiT-DH. Tables 15 and 18."""
     tokens = (input_size // patch_size) ** 2
     patch = in_channels * patch_size**2
-    blocks = dit_blocks(tokens=tokens, width=width, depth=depth, mlp_ratio=mlp_ratio, modulations=1)
-    embeddings = tokens * patch * width + 512 * width + width**2  # patches, time
-    out_width, modulations = head_width or width, tokens if head_width else 1
-    if head_width and head_depth:
-        blocks += head_macs(tokens=tokens, width=head_width, depth=head_depth, mlp_ratio=mlp_ratio)
-        embeddings += tokens * patch * head_width + (tokens * width * head_width if width != head_width else 0)
-    final = modulations * 2 * out_width**2 + tokens * out_width * patch
-    return blocks + Macs(0, embeddings + final)
+    backbone = dit_blocks(tokens=tokens, width=width, depth=depth, mlp_ratio=mlp_ratio, modulations=1)
+    backbone += Macs(0, tokens * patch * width + 512 * width + width**2)  # patches, time
+    if not (head_width and head_depth):
+        return backbone + final_macs(tokens=tokens, width=width, out_channels=patch, modulations=1)
+    head = head_macs(tokens=tokens, width=head_width, depth=head_depth, out_channels=patch, mlp_ratio=mlp_ratio)
+    again = tokens * patch * head_width  # the head reads the noisy map anew
+    return backbone + head + Macs(0, again + (tokens * width * head_width if width != head_width else 0))
 
 
-def head_macs(*, tokens: int, width: int, depth: int, mlp_ratio: float = 4.0) -> Macs:
-    """The blocks of a DDT head, adaLN once a token as they run. Table 15."""
-    return dit_blocks(tokens=tokens, width=width, depth=depth, mlp_ratio=mlp_ratio, modulations=tokens)
+def head_macs(*, tokens: int, width: int, depth: int, out_channels: int, mlp_ratio: float = 4.0) -> Macs:
+    """A DDT head's blocks and output; as they run, adaLN is once a token. Table 15."""
+    blocks = dit_blocks(tokens=tokens, width=width, depth=depth, mlp_ratio=mlp_ratio, modulations=tokens)
+    return blocks + final_macs(tokens=tokens, width=width, out_channels=out_channels, modulations=tokens)
+
+
+def final_macs(*, tokens: int, width: int, out_channels: int, modulations: int) -> Macs:
+    """The last layer: adaLN, and the output projection."""
+    projection = tokens * width * out_channels
+    return Macs(projection, projection + modulations * 2 * width**2)
 
 
 def vit_macs(*, tokens: int, width: int, depth: int, mlp_width: int) -> Macs:

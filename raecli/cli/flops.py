@@ -1,0 +1,42 @@
+"""`rae flops`."""
+
+import json
+from typing import Annotated, Any
+
+import typer
+
+from raecli.cli.options import JsonOpt, OverridesArg
+
+RecipeArg = Annotated[str, typer.Argument(metavar="RECIPE", help="A training recipe's file, or a shipped one's name.")]
+PeakOpt = Annotated[float, typer.Option("--peak", help="TFLOP/s of the device [default: an H200's in bf16].")]
+
+
+def flops(recipe: RecipeArg, overrides: OverridesArg = None, peak: PeakOpt = 790.0, as_json: JsonOpt = False) -> None:
+    """Count what a recipe's model costs: parameters, FLOPs in two conventions, memory, and bounds on speed.
+
+    Where the recipe leaves sizes to a cache that is not there yet, those of its encoder's preset are taken (or
+    DINOv2-B's at 256 pixels: 768 channels, 16 x 16, 1000 classes) and it is said.
+
+    Examples:
+
+      rae flops dith_xl
+
+      rae flops recipes/decoder_xl_dinov2b.yaml --json
+    """
+    from raecli.plan import cost_of
+    from raecli.recipe.load import load_recipe
+    from raecli.recipe.shipped import find_recipe
+
+    cost = cost_of(load_recipe(None, find_recipe(recipe), overrides or ()), peak)
+    typer.echo(json.dumps(cost, indent=2) if as_json else table(cost))
+
+
+def table(cost: dict[str, Any]) -> str:
+    """The figures, a line each."""
+    width = max(len(name) for name in cost)
+    return "\n".join(f"{name.replace('_', ' '):<{width}}  {shown(value)}" for name, value in cost.items())
+
+
+def shown(value: Any) -> str:
+    """A number with at most two decimals, and thousands apart."""
+    return f"{value:,.2f}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else str(value)
