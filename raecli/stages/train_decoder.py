@@ -14,7 +14,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
 from raecli.data.feed import ahead, pooled
 from raecli.data.images import ImageSource, open_images
@@ -34,7 +33,7 @@ from raecli.store.latent_cache import LatentCache, open_cache
 from raecli.store.lock import hold_folder
 from raecli.store.resolve import latents_config
 from raecli.store.run_folder import MetricsLog, prepare_run
-from raecli.training.distributed import Ranks, check_batch, decode_threads
+from raecli.training.distributed import Ranks, check_batch, data_parallel, decode_threads
 from raecli.training.ema import Ema
 from raecli.training.meter import Meter
 from raecli.training.optimizer import clip_gradients, make_optimizer, rate_at, set_learning_rate
@@ -79,7 +78,7 @@ def train(recipe: TrainDecoderRecipe, ranks: Ranks) -> None:
     total = duration_in_steps(recipe.duration, samples, recipe.batch_size)
     save_every = duration_in_steps(recipe.save_every, samples, recipe.batch_size)
     if ranks.is_main:
-        prepare_run(run_folder, recipe)
+        prepare_run(run_folder, recipe, ranks.world)
     ranks.barrier()
     state = resume_or_start(recipe, run_folder, cache, ranks)
     log = MetricsLog(run_folder, state.step) if ranks.is_main else None
@@ -123,9 +122,7 @@ def resume_or_start(recipe: TrainDecoderRecipe, run_folder: Path, cache: LatentC
     if recipe.compile:
         for block in model.blocks:
             block.compile()
-    forward: nn.Module = model
-    if ranks.world > 1:
-        forward = DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
+    forward = data_parallel(model, ranks)
     perceptual = perceptual_network(recipe)
     return State(
         model,

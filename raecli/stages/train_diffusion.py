@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
 from raecli.data.feed import ahead
 from raecli.data.order import normals, stream_slice, uniforms
@@ -32,7 +31,7 @@ from raecli.store.manifest import MANIFEST
 from raecli.store.resolve import latents_config
 from raecli.store.run_folder import MetricsLog, prepare_run
 from raecli.store.statistics import LatentStatistics
-from raecli.training.distributed import Ranks, check_batch
+from raecli.training.distributed import Ranks, check_batch, data_parallel
 from raecli.training.ema import Ema
 from raecli.training.meter import Meter
 from raecli.training.optimizer import clip_gradients, make_optimizer, rate_at, set_learning_rate
@@ -79,7 +78,7 @@ def train(recipe: TrainDiffusionRecipe, ranks: Ranks) -> None:
     total = duration_in_steps(recipe.duration, len(cache), recipe.batch_size)
     save_every = duration_in_steps(recipe.save_every, len(cache), recipe.batch_size)
     if ranks.is_main:
-        prepare_run(run_folder, recipe)
+        prepare_run(run_folder, recipe, ranks.world)
     ranks.barrier()
     state = resume_or_start(recipe, run_folder, ranks)
     log = MetricsLog(run_folder, state.step) if ranks.is_main else None
@@ -136,9 +135,7 @@ def resume_or_start(recipe: TrainDiffusionRecipe, run_folder: Path, ranks: Ranks
         for block in model.modules():
             if isinstance(block, Block):
                 block.compile()
-    forward: nn.Module = model
-    if ranks.world > 1:
-        forward = DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
+    forward = data_parallel(model, ranks)
     return State(model, forward, ema, optimizer, checkpoint.step if checkpoint else 0)
 
 

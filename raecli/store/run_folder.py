@@ -16,7 +16,7 @@ from raecli.store.atomic import write_json, write_text
 OPERATIONAL = {"log_every", "save_every", "keep_checkpoints", "micro_batch_size", "compile", "output"}
 
 
-def prepare_run(run: Path, recipe: Spec) -> None:
+def prepare_run(run: Path, recipe: Spec, world: int) -> None:
     """Write recipe.yaml and environment.json, or check that the run in this folder is of the same recipe.
 
     Raises InputError listing the values that differ, if the folder holds another run.
@@ -34,7 +34,7 @@ def prepare_run(run: Path, recipe: Spec) -> None:
             lines = "".join(f"\n  {line}" for line in differing)
             raise InputError(f"{run}: holds a run of another recipe; give output=ANOTHER_FOLDER, or delete it{lines}")
     write_text(path, dump_recipe(recipe))
-    write_json(run / "environment.json", environment())
+    write_json(run / "environment.json", environment() | {"world": world})
 
 
 def environment() -> dict[str, Any]:

@@ -1,13 +1,15 @@
 """Ranks: who this process is, and what it may say to the others."""
 
 import os
+import warnings
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from raecli.errors import UsageError
 
@@ -61,6 +63,15 @@ def join_ranks(timeout_seconds: float) -> Ranks:
         backend = "nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, rank=rank, world_size=world, timeout=timedelta(seconds=timeout_seconds))
     return Ranks(rank, world, device)
+
+
+def data_parallel(model: nn.Module, ranks: Ranks) -> nn.Module:
+    """The model under DDP where there are several ranks. Buffers are functions of the seed, the same on all ranks."""
+    if ranks.world == 1:
+        return model
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # torch 2.15 renames broadcast_buffers, older ones know no other
+        return DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
 
 
 def leave_ranks() -> None:
