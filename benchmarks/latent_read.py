@@ -19,6 +19,7 @@ from raecli.store.atomic import sha256_of, write_json
 from raecli.store.latent_cache import INDEX, LatentCache, open_cache, write_index
 from raecli.store.manifest import MANIFEST, Manifest, ShardRecord
 from raecli.store.shards import ShardLayout, ShardWriter
+from raecli.store.statistics import STATISTICS, LatentStatistics
 
 SHAPE, BATCH = (768, 16, 16), 64
 
@@ -35,13 +36,16 @@ def make_cache(folder: Path, samples: int) -> LatentCache:
         digest = sha256_of(file)
         shards.append(ShardRecord(name=file.name, samples=writer.samples, bytes=file.stat().st_size, sha256=digest))
     write_index(folder / INDEX, [index % 1000 for index in range(samples)], [str(index) for index in range(samples)])
+    LatentStatistics(None, torch.ones(SHAPE), samples).save(folder / STATISTICS)
     encoder = EncoderSpec(
         name="random", family="dinov2", loader="timm", architecture="none", input_size=224, patch_size=14, width=768,
         prefix_tokens=5, norm_eps=1e-6, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5),
     )  # fmt: skip
     manifest = Manifest(
-        encoder=encoder, image_size=256, latent_shape=SHAPE, dtype="bf16", views="center", classes=(), samples=samples,
-        samples_per_shard=size, seed=0, source_sha256="", shards=tuple(shards),
+        encoder=encoder, image_size=256, latent_shape=SHAPE, dtype="bf16", precision="fp32", views="center",
+        classes=(), samples=samples, samples_per_shard=size, seed=0, source_sha256="", shards=tuple(shards),
+        index_sha256=sha256_of(folder / INDEX),
+        statistics_sha256=sha256_of(folder / STATISTICS),
     )  # fmt: skip
     write_json(folder / MANIFEST, manifest.to_dict())
     return open_cache(folder)

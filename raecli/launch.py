@@ -1,6 +1,7 @@
 """Start a stage on its processes with torchrun's own engine, in this process; or join a torchrun already there."""
 
 import os
+import re
 import shlex
 import signal
 import sys
@@ -38,10 +39,12 @@ def start(stage: str, recipe: Spec, launch: LaunchOptions, *, dry_run: bool = Fa
         print_plan(stage, recipe, launch)
         return
     if joined is not None:
-        from raecli.stages.worker import run_stage
+        from raecli.stages.worker import ended, run_stage
 
         os.environ.update(joined)
-        run_stage(recipe, launch.timeout_seconds)
+        if code := ended(lambda: run_stage(recipe, launch.timeout_seconds)):
+            sys.stdout.flush()
+            os._exit(code)  # threads of a broken collective must not hold the process
         return
     with tempfile.NamedTemporaryFile("w", prefix="rae-", suffix=".yaml", encoding="utf-8") as file:
         from raecli.recipe.load import dump_recipe
@@ -82,9 +85,9 @@ def joined_environment(environment: Mapping[str, str]) -> dict[str, str] | None:
 
 def slurm_environment(environment: Mapping[str, str]) -> dict[str, str]:
     """torchrun's variables out of srun's: one task is one rank."""
-    address = environment.get("MASTER_ADDR") or environment.get("SLURM_LAUNCH_NODE_IPADDR")
-    job = environment.get("SLURM_JOB_ID", "0")
-    if not address or not job.isdigit():
+    address = environment.get("MASTER_ADDR") or first_host(environment.get("SLURM_STEP_NODELIST", ""))
+    job, step = environment.get("SLURM_JOB_ID", "0"), environment.get("SLURM_STEP_ID", "0")
+    if not address or not (job + step).isdigit():
         raise UsageError("started by srun, but MASTER_ADDR is not set: set it to the first node's name")
     ranks = checked_ranks(
         {
@@ -95,8 +98,14 @@ def slurm_environment(environment: Mapping[str, str]) -> dict[str, str]:
     )
     return ranks | {
         "MASTER_ADDR": address,
-        "MASTER_PORT": environment.get("MASTER_PORT") or str(20000 + int(job) % 20000),
+        "MASTER_PORT": environment.get("MASTER_PORT") or str(20000 + (7 * int(job) + int(step)) % 20000),
     }
+
+
+def first_host(nodes: str) -> str:
+    """The first name of Slurm's list: gpu[03-05,9],login1 -> gpu03."""
+    head = re.match(r"([^,\[]+)(?:\[([0-9]+))?", nodes)
+    return head[1] + (head[2] or "") if head else ""
 
 
 def checked_ranks(joined: dict[str, str]) -> dict[str, str]:
@@ -122,12 +131,22 @@ def run_elastic(command: list[str], launch: LaunchOptions) -> None:
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # the worker says what failed
     logging.getLogger("torch.distributed.launcher").setLevel(logging.CRITICAL)
     config = elastic_config(launch)
-    try:
-        elastic_launch(config, command[0])(*command[1:])
-    except ChildFailedError as error:
-        raise error_of_workers({rank: failure.exitcode for rank, failure in error.failures.items()}) from None
-    except SignalException as error:
-        raise error_of_signal(error.sigval) from None
+    with tempfile.TemporaryDirectory(prefix="rae-") as folder:
+        os.environ |= {"RAE_LAUNCHER": str(os.getpid()), "RAE_EXIT_CODES": folder}
+        try:
+            elastic_launch(config, command[0])(*command[1:])
+        except ChildFailedError as error:
+            ends = {rank: failure.exitcode for rank, failure in error.failures.items()}
+            raise error_of_workers(ends | exit_codes(folder)) from None
+        except SignalException as error:
+            raise error_of_signal(error.sigval, exit_codes(folder)) from None
+        except (RuntimeError, OSError, TimeoutError) as error:
+            raise WorkerError(f"the processes could not meet: {error}; look at --rdzv, or at the network") from None
+
+
+def exit_codes(folder: str) -> dict[int, int]:
+    """What the workers of this machine said they end with, by rank; a killed one said nothing."""
+    return {int(path.name): int(path.read_text() or "1") for path in Path(folder).iterdir()}
 
 
 def elastic_config(launch: LaunchOptions) -> Any:
@@ -142,8 +161,7 @@ def elastic_config(launch: LaunchOptions) -> Any:
     if gpus and launch.devices and launch.devices > gpus:
         raise UsageError(f"--devices is {launch.devices}, this machine has {gpus} GPUs")
     devices = launch.devices or max(gpus, 1)
-    if not gpus:
-        os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // devices)))
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // devices)))
     options: dict[str, Any] = {
         "min_nodes": launch.nnodes,
         "max_nodes": launch.nnodes,
@@ -165,26 +183,39 @@ def elastic_config(launch: LaunchOptions) -> Any:
     return LaunchConfig(**{name: value for name, value in options.items() if name in known})
 
 
-def error_of_workers(exit_codes: Mapping[int, int]) -> RaeError:
-    """The error to end with. One worker's own verdict outweighs what its end did to the others."""
-    told = {code: rank for rank, code in exit_codes.items() if code in set(ExitCode) - {ExitCode.DONE, ExitCode.BUG}}
+def error_of_workers(ends: Mapping[int, int]) -> RaeError:
+    """The error to end with. What a rank said itself outweighs a kill, and both outweigh what that did to others."""
+    verdicts = set(ExitCode) - {ExitCode.DONE, ExitCode.BUG, ExitCode.WORKER}
+    told = {code: rank for rank, code in ends.items() if code in verdicts}
+    killed = {rank: code for rank, code in ends.items() if code < 0}
+    bugs = [rank for rank, code in ends.items() if code == ExitCode.BUG]
     if told:
-        code = min(told)
-        error = RaeError(
-            f"rank {told[code]} ended with exit code {code} ({ExitCode(code).name.lower()}); it said why above"
-        )
+        code, rank = min(told.items())
+        error = RaeError(f"rank {rank} ended with exit code {code} ({ExitCode(code).name.lower()}); it said why above")
         error.exit_code = ExitCode(code)
         return error
-    rank, code = next(iter(exit_codes.items()))
-    if code < 0:
-        return WorkerError(f"rank {rank} was killed by {signal.Signals(-code).name}; run the same command to resume")
-    error = RaeError(f"rank {rank} ended with exit code {code}; its traceback is above: please report it as a bug")
-    error.exit_code = ExitCode.BUG
-    return error
+    if killed:
+        rank, code = next(iter(killed.items()))
+        name = signal.Signals(-code).name
+        if ExitCode.WORKER in ends.values():  # the others waited for it: it may have stalled, and been ended for that
+            return WorkerError(f"rank {rank} was lost or stalled, and ended by {name}; run the same command to resume")
+        return WorkerError(f"rank {rank} was killed by {name}; run the same command to resume")
+    if bugs:
+        error = RaeError(f"rank {bugs[0]} failed; its traceback is above: please report it as a bug")
+        error.exit_code = ExitCode.BUG
+        return error
+    ranks = ", ".join(str(rank) for rank in ends)
+    return WorkerError(
+        f"rank {ranks} waited in vain for another rank, which is lost or stalled; run the same command to resume, or "
+        "give --timeout more seconds"
+    )
 
 
-def error_of_signal(number: signal.Signals) -> RaeError:
-    """The error to end with after TERM, INT, HUP or USR1 to this process."""
+def error_of_signal(number: signal.Signals, ends: Mapping[int, int]) -> RaeError:
+    """The error to end with after TERM, INT, HUP or USR1 to this process; `ends` are its workers' own exit codes."""
+    saved = {ExitCode.DONE, ExitCode.PREEMPTED, ExitCode.INTERRUPTED}
+    if not set(ends.values()) <= saved:
+        return error_of_workers(ends)
     if number == signal.SIGINT:
         return Interrupted("interrupted; run the same command to resume")
     return Preempted(f"stopped by {number.name}; run the same command to resume")

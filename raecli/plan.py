@@ -42,7 +42,7 @@ def cache_lines(recipe: EncodeCacheRecipe) -> list[str]:
 
     count = len(open_images(recipe.source).items)
     encoder = recipe.encoder
-    layout = ShardLayout((encoder.width, encoder.tokens_side, encoder.tokens_side), recipe.dtype, VIEWS[recipe.views])
+    layout = ShardLayout(encoder.latent_shape, recipe.dtype, VIEWS[recipe.views])
     shards = -(-count // recipe.samples_per_shard)
     size = layout.shard_bytes(count) / 1e9
     return [f"{count} images, latents {layout.latent_shape} in {recipe.dtype}, {shards} shards, {size:.3f} GB"]

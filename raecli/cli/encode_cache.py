@@ -11,18 +11,22 @@ EPILOG = """Examples:\n
   rae encode-cache --encoder dinov2-b imagenet/train latents/imagenet256\n
   rae encode-cache --encoder dinov2-b --views center+flip --devices 8 shards/ latents/\n
   rae encode-cache --encoder ./my-hf-folder --image-size 512 photos/ latents/photos\n
+  rae encode-cache --encoder sdvae:sd-vae-ft-mse imagenet/train latents/imagenet256-sdvae\n
 Started again, it makes only what is missing."""
 
 
 def encode_cache(
     source: Annotated[str, typer.Argument(metavar="SOURCE", help="Class folders, a flat folder, or tars of images.")],
     output: Annotated[str, typer.Argument(metavar="OUT", help="Folder of the latent cache.")],
-    encoder: Annotated[str, typer.Option("--encoder", help="dinov2-b, siglip2-b, mae-b, ..., timm:NAME, or a folder.")],
+    encoder: Annotated[
+        str, typer.Option("--encoder", help="dinov2-b, siglip2-b, ..., timm:NAME, a folder, pixels, or sdvae:FOLDER.")
+    ],
     weights: Annotated[str | None, typer.Option("--weights", help="The encoder's safetensors, if not cached.")] = None,
     image_size: Annotated[
         int | None, typer.Option("--image-size", help="Pixels a side [default: 256, digits 32].")
     ] = None,
     input_size: Annotated[int | None, typer.Option("--input-size", help="Pixels a side the encoder sees.")] = None,
+    layers: Annotated[str, typer.Option(help="last; or sum:K, the sum of the last K blocks.")] = "last",
     views: Annotated[Literal["center", "center+flip"], typer.Option(help="What is stored of an image.")] = "center",
     dtype: Annotated[Literal["bf16", "fp16", "fp32"], typer.Option(help="Of the latents on disk.")] = "bf16",
     precision: Annotated[
@@ -51,11 +55,12 @@ def encode_cache(
     if not Path(source).exists():
         raise InputError(f"{source}: no such folder of images (class folders, a flat folder, or WebDataset tars)")
     size = image_size or (32 if encoder == EMBEDDED else 256)
+    spec = resolve_encoder(encoder, image_size=size, weights=weights, input_size=input_size, layers=layers)
     recipe = recipe_from_options(
         EncodeCacheRecipe,
         {
             "stage": "encode-cache",
-            "encoder": resolve_encoder(encoder, image_size=size, weights=weights, input_size=input_size).model_dump(),
+            "encoder": spec.model_dump(),
             "source": source,
             "output": output,
             "image_size": size,

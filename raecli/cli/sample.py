@@ -11,7 +11,7 @@ def sample(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="A diffusion run, its final/, or a checkpoint.")],
     output: Annotated[str, typer.Argument(metavar="OUT", help="Folder of the images.")],
     autoencoder: Annotated[
-        str, typer.Option("--autoencoder", "-a", help="A decoder run, its final/, or a checkpoint.")
+        str, typer.Option("--autoencoder", "-a", help="A decoder run, its final/, a checkpoint; pixels; sdvae:FOLDER.")
     ],
     num: Annotated[int, typer.Option("--num", "-n", help="How many images.", min=1)] = 64,
     seed: Annotated[int, typer.Option(help="Image i depends on (seed, i).")] = 0,

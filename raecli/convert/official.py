@@ -2,6 +2,7 @@
 
 import re
 
+import torch
 from torch import Tensor
 
 from raecli.errors import CheckpointError
@@ -39,6 +40,7 @@ DECODER_LAYER = {
     "intermediate.dense": "mlp_in",
     "output.dense": "mlp_out",
 }
+QKV = ("query", "key", "value")
 DECODER = {
     "trainable_cls_token": "class_token",
     "decoder_embed": "embed",
@@ -88,8 +90,6 @@ def block_home(index: int, backbone_depth: int | None) -> str:
 
 def decoder_from_official(weights: dict[str, Tensor]) -> dict[str, Tensor]:
     """A released ViT decoder's state dict under our names; query, key and value become one qkv."""
-    import torch
-
     ours, unknown = {}, []
     for key, value in weights.items():
         layer = re.fullmatch(r"decoder_layers\.(\d+)\.(.+)", key)
@@ -98,7 +98,11 @@ def decoder_from_official(weights: dict[str, Tensor]) -> dict[str, Tensor]:
         ):
             continue
         if layer and layer[2].startswith("attention.attention.query."):
-            parts = [weights[key.replace(".query.", f".{part}.")] for part in ("query", "key", "value")]
+            names = [key.replace(".query.", f".{part}.") for part in QKV]
+            missing = [name for name in names if name not in weights]
+            if missing:
+                raise CheckpointError(f"{len(missing)} keys of a decoder are missing: {', '.join(missing)}")
+            parts = [weights[name] for name in names]
             ours[f"blocks.{layer[1]}.attention.qkv.{key.rpartition('.')[2]}"] = torch.cat(parts)
             continue
         name = renamed(layer[2], DECODER_LAYER) if layer else renamed(key, DECODER)
@@ -109,3 +113,43 @@ def decoder_from_official(weights: dict[str, Tensor]) -> dict[str, Tensor]:
     if unknown:
         raise CheckpointError(f"{len(unknown)} keys are not a decoder's: {', '.join(sorted(unknown))}")
     return ours
+
+
+def inverse(names: dict[str, str]) -> dict[str, str]:
+    """Our names to the release's."""
+    return {ours: released for released, ours in names.items()}
+
+
+def diffusion_to_official(
+    weights: dict[str, Tensor], *, backbone_depth: int | None, patch_size: int, tables: dict[str, Tensor]
+) -> dict[str, Tensor]:
+    """Our DiT (backbone_depth None) or DiT-DH under the released names, with the tables that the release saves."""
+    names = inverse(DIT if backbone_depth is None else DIT_DH)
+    released = dict(tables)
+    for key, value in weights.items():
+        block = re.fullmatch(r"(blocks|backbone|head)\.(\d+)\.(.+)", key)
+        if block:
+            index = int(block[2]) + ((backbone_depth or 0) if block[1] == "head" else 0)
+            name = f"blocks.{index}.{renamed(block[3], inverse(BLOCK))}"
+        else:
+            name = str(renamed(key, names))
+        if name.endswith("embedder.proj.weight"):
+            value = value.unflatten(1, (-1, patch_size, patch_size))
+        released[name] = value
+    return released
+
+
+def decoder_to_official(weights: dict[str, Tensor], tables: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Our decoder under the released names; qkv becomes query, key and value."""
+    released = dict(tables)
+    for key, value in weights.items():
+        block = re.fullmatch(r"blocks\.(\d+)\.(.+)", key)
+        if block is None:
+            released[str(renamed(key, inverse(DECODER)))] = value
+        elif block[2].startswith("attention.qkv."):
+            kind = block[2].rpartition(".")[2]
+            for part, tensor in zip(QKV, value.chunk(3), strict=True):
+                released[f"decoder_layers.{block[1]}.attention.attention.{part}.{kind}"] = tensor
+        else:
+            released[f"decoder_layers.{block[1]}.{renamed(block[2], inverse(DECODER_LAYER))}"] = value
+    return released

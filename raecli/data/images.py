@@ -1,9 +1,10 @@
 """Where images come from: class folders, a flat folder, or WebDataset tars. Listed in a fixed order, read by index."""
 
 import hashlib
+import os
 import re
 import tarfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,12 +25,13 @@ class ImageItem:
     offset: int | None = None  # inside a tar
 
     def read(self) -> bytes:
-        """The encoded image."""
-        with self.file.open("rb") as file:
-            if self.offset is None:
-                return file.read()
-            file.seek(self.offset)
-            return file.read(self.size)
+        """The encoded image. Raises InputError naming it if it cannot be read."""
+        try:
+            with self.file.open("rb") as file:
+                file.seek(self.offset or 0)
+                return file.read() if self.offset is None else file.read(self.size)
+        except OSError as error:
+            raise InputError(f"{self.name}: not a readable file: {error.strerror}") from None
 
 
 @dataclass(frozen=True)
@@ -64,7 +66,7 @@ def open_images(source: str | Path) -> ImageSource:
 
 def folder_source(path: Path) -> ImageSource:
     """Class folders, where the first folder of a file's path names its class; or a flat folder without classes."""
-    files = sorted(file for file in path.rglob("*") if file.suffix.lower() in EXTENSIONS and is_shown(file, path))
+    files = sorted(file for file in files_below(path) if file.suffix.lower() in EXTENSIONS)
     names = [file.relative_to(path).as_posix() for file in files]
     flat = [name for name in names if "/" not in name]
     if flat and len(flat) < len(names):
@@ -78,9 +80,16 @@ def folder_source(path: Path) -> ImageSource:
     return ImageSource(path, items, classes)
 
 
-def is_shown(file: Path, root: Path) -> bool:
-    """Whether no part of a path below the root is hidden."""
-    return not any(part.startswith(".") for part in file.relative_to(root).parts) and file.is_file()
+def files_below(root: Path) -> Iterator[Path]:
+    """All files that are not hidden, through links to folders too, none twice around a loop."""
+    seen = set()
+    for folder, folders, files in os.walk(root, followlinks=True):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        if (real := os.path.realpath(folder)) in seen:
+            folders[:] = []
+            continue
+        seen.add(real)
+        yield from (Path(folder) / name for name in files if not name.startswith("."))
 
 
 def tar_source(path: Path, tars: list[Path]) -> ImageSource:
@@ -112,6 +121,8 @@ def scan_tar(tar: Path) -> tuple[dict[str, tarfile.TarInfo], dict[str, int]]:
                 if not member.isfile():
                     continue
                 if f".{ending.rpartition('.')[2].lower()}" in EXTENSIONS:
+                    if key in images:
+                        raise InputError(f"{tar}: {images[key].name} and {member.name} have one key; keep one of them")
                     images[key] = member
                 elif ending == "cls":
                     labels[key] = label_of(archive, member, tar)

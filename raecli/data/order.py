@@ -1,5 +1,6 @@
 """Orders and random draws, all functions of (seed, purpose, index): nothing to store, the same on any rank."""
 
+import functools
 import hashlib
 
 import numpy as np
@@ -13,10 +14,13 @@ def key_of(seed: int, purpose: str, index: int) -> int:
     return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little")
 
 
+@functools.lru_cache(maxsize=4)
 def permutation(seed: int, purpose: str, index: int, size: int) -> np.ndarray:
-    """A random order of range(size), int64."""
+    """A random order of range(size), int64, not to be changed: the last few are kept, an epoch asks at every step."""
     generator = np.random.Generator(np.random.Philox(key=key_of(seed, purpose, index)))
-    return generator.permutation(size)
+    order = generator.permutation(size)
+    order.flags.writeable = False
+    return order
 
 
 def stream_slice(seed: int, size: int, first: int, count: int) -> np.ndarray:

@@ -5,31 +5,44 @@ guided-diffusion does); 16-bit grey keeps its upper 8 bits; an animation gives i
 """
 
 import io
+import math
+import struct
 import warnings
+import zlib
 
 import numpy as np
 from PIL import Image
 
 from raecli.errors import InputError
 
+warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # decode_rgb refuses what it warns of
+
+# What Pillow raises on bytes that are no image, or not a whole one.
+UNREADABLE = (
+    AttributeError,
+    EOFError,
+    IndexError,
+    KeyError,
+    OSError,
+    OverflowError,
+    SyntaxError,
+    TypeError,
+    ValueError,
+    struct.error,
+    zlib.error,
+    Image.DecompressionBombError,
+)
 WINDOW_PIXELS = 64_000_000  # above this a resized strip is not made whole: its window alone is
 
 
 def decode_rgb(data: bytes, name: str) -> Image.Image:
     """Decode an image. Raises InputError naming it if it is none, is cut off, or is a decompression bomb."""
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            image = Image.open(io.BytesIO(data))
-            image.load()
-    except (
-        OSError,
-        SyntaxError,
-        ValueError,
-        EOFError,
-        Image.DecompressionBombError,
-        Image.DecompressionBombWarning,
-    ) as error:
+        image = Image.open(io.BytesIO(data))
+        if image.width * image.height > (Image.MAX_IMAGE_PIXELS or math.inf):
+            raise InputError(f"{name}: not a readable image: {image.width} x {image.height}, a decompression bomb")
+        image.load()
+    except UNREADABLE as error:
         raise InputError(f"{name}: not a readable image: {error}") from None
     if image.mode.startswith("I;16") or image.mode == "I":
         return Image.fromarray((np.asarray(image).astype(np.uint32) >> 8).clip(0, 255).astype(np.uint8)).convert("RGB")

@@ -31,7 +31,7 @@ def guided_velocity(
         return model
     if guide is None and null_label is None:
         raise ValueError("classifier-free guidance needs the null label")
-    low, high = interval
+    low, high = torch.tensor(interval).tolist()  # rounded to float32, as t is: the ends are included
 
     def velocity(noisy: Tensor, t: Tensor, labels: Tensor) -> Tensor:
         if not low <= float(t[0]) <= high:

@@ -5,6 +5,7 @@ from torch import Tensor, nn
 
 from raecli.models.decoder import Decoder
 from raecli.models.encoder import Encoder
+from raecli.store.statistics import VARIANCE_EPS, LatentStatistics
 
 
 class Autoencoder(nn.Module):
@@ -20,10 +21,15 @@ class Autoencoder(nn.Module):
     ) -> None:
         super().__init__()
         self.encoder, self.decoder = encoder, decoder
-        self.register_buffer("mean", mean)
-        self.register_buffer("scale", (variance + 1e-5).sqrt())
         self.register_buffer("pixel_mean", pixels[0].view(3, 1, 1))
         self.register_buffer("pixel_std", pixels[1].view(3, 1, 1))
+        self.use_statistics(LatentStatistics(mean, variance))
+
+    def use_statistics(self, statistics: LatentStatistics) -> None:
+        """Normalise by other statistics from now on: those of the cache that a diffusion model was trained on."""
+        moved = statistics.to(self.pixel_mean.device)
+        self.register_buffer("mean", moved.mean)
+        self.register_buffer("scale", (moved.variance + VARIANCE_EPS).sqrt())
 
     @torch.inference_mode()
     def encode(self, images: Tensor) -> Tensor:

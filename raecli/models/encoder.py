@@ -33,12 +33,17 @@ class Encoder(nn.Module):
         norm_eps: float,
         mean: tuple[float, float, float],
         std: tuple[float, float, float],
+        layers: str = "last",
     ) -> None:
-        """backbone: `forward_features` gives tokens [B, prefix_tokens + h*w, width] before the last LayerNorm."""
+        """backbone: `forward_features` gives tokens [B, prefix_tokens + h*w, width] before the last LayerNorm.
+
+        layers: "last", or "sum:K" for the sum of the last K blocks.
+        """
         super().__init__()
         self.backbone = backbone
         self.input_size, self.tokens_side = input_size, input_size // patch_size
         self.width, self.prefix_tokens, self.norm_eps = width, prefix_tokens, norm_eps
+        self.summed_blocks = 0 if layers == "last" else int(layers.removeprefix("sum:"))
         self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std).view(1, 3, 1, 1), persistent=False)
         self.requires_grad_(False)
@@ -51,14 +56,27 @@ class Encoder(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """images: [B, 3, H, W], float in [0, 1]. Returns latents [B, width, h, w], un-normalised, rows first.
 
-        Each token has mean 0 and variance 1 over its channels: the last LayerNorm keeps no affine.
+        Each token has mean 0 and variance 1 over its channels: the last LayerNorm keeps no affine. That holds for a
+        sum of blocks too, because the LayerNorm comes once, after the sum.
         """
         side = (self.input_size, self.input_size)
         if images.shape[-2:] != side:
             images = F.interpolate(images, size=side, mode="bicubic", align_corners=False, antialias=False)
-        tokens = self.backbone.forward_features((images - self.mean) / self.std)
-        tokens = F.layer_norm(tokens[:, self.prefix_tokens :], (self.width,), eps=self.norm_eps)
+        tokens = F.layer_norm(self.tokens((images - self.mean) / self.std), (self.width,), eps=self.norm_eps)
         return tokens.transpose(1, 2).reshape(len(images), self.width, self.tokens_side, self.tokens_side).contiguous()
+
+    def tokens(self, pixels: Tensor) -> Tensor:
+        """Tokens [B, h*w, width] before the last LayerNorm. pixels: [B, 3, input_size, input_size], standardised.
+
+        The paper takes the last block's. A sum adds up the hidden states of the last blocks, each as it is on the
+        residual stream, un-normalised: the earlier ones keep detail that the last one drops.
+        """
+        if not self.summed_blocks:
+            return self.backbone.forward_features(pixels)[:, self.prefix_tokens :]
+        hidden = self.backbone.forward_intermediates(
+            pixels, indices=self.summed_blocks, output_fmt="NLC", intermediates_only=True
+        )
+        return sum(hidden[1:], hidden[0])
 
 
 def build_encoder(
@@ -76,6 +94,7 @@ def build_encoder(
     position_antialias: bool,
     mean: tuple[float, float, float],
     std: tuple[float, float, float],
+    layers: str = "last",
 ) -> Encoder:
     """Build an encoder as its EncoderSpec tells, in fp32 on the CPU, every key of its weights accounted for."""
     if loader == "folder":
@@ -87,6 +106,7 @@ def build_encoder(
         backbone = make_timm_backbone(architecture, family=family, input_size=input_size, norm_eps=norm_eps)
         load_timm_weights(backbone, weights, position_antialias=position_antialias)
     _check_shape(backbone, architecture, width=width, patch_size=patch_size, prefix_tokens=prefix_tokens)
+    _check_depth(backbone, architecture, layers)
     return Encoder(
         backbone,
         input_size=input_size,
@@ -96,6 +116,7 @@ def build_encoder(
         norm_eps=norm_eps,
         mean=mean,
         std=std,
+        layers=layers,
     )
 
 
@@ -143,3 +164,10 @@ def _check_shape(backbone: Any, architecture: str, **told: int) -> None:
     wrong = [f"{name} is {found[name]}, the spec says {value}" for name, value in told.items() if found[name] != value]
     if wrong:
         raise CheckpointError(f"encoder {architecture}: not the network that was described; {'; '.join(wrong)}")
+
+
+def _check_depth(backbone: Any, architecture: str, layers: str) -> None:
+    """Refuse a sum of more blocks than there are."""
+    depth = len(backbone.blocks)
+    if layers != "last" and int(layers.removeprefix("sum:")) > depth:
+        raise CheckpointError(f"encoder {architecture}: layers is {layers}, but it has {depth} blocks")

@@ -108,7 +108,7 @@ def unpatchify(tokens: Tensor, patch_size: int) -> Tensor:
 class TimeEmbed(nn.Module):
     """Gaussian Fourier features of t, then a two-layer perceptron. Song et al. 2021; App. F.
 
-    256 frozen frequencies W ~ N(0, 1), as the released weights have them (their standard deviation is 1.00 to 1.07).
+    256 frozen frequencies W ~ N(0, 1), as the released code draws them (its vectors have deviation 1.00 to 1.07).
     """
 
     def __init__(self, width: int, frequencies: int = 256) -> None:

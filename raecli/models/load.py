@@ -103,7 +103,7 @@ def load_autoencoder(path: str | Path, device: torch.device | str = "cpu", *, en
     except (KeyError, TypeError, ValidationError, ValueError) as error:
         raise CheckpointError(f"{folder / CONFIG}: not a decoder's: {error}") from None
     load_weights(decoder, weights, folder)
-    module = encoder_of(located(spec, image_size)) if encoder else None
+    module = encoder_of(located(spec, image_size, folder)) if encoder else None
     statistics = statistics_of(folder)
     pixels = (torch.tensor(spec.mean), torch.tensor(spec.std))
     model = Autoencoder(module, decoder, statistics.mean, statistics.variance, pixels)
@@ -116,12 +116,18 @@ def statistics_of(folder: Path) -> LatentStatistics:
     return load_statistics(folder / STATISTICS)
 
 
-def located(spec: EncoderSpec, image_size: int) -> EncoderSpec:
-    """The same encoder where its files are on this machine."""
-    if spec.weights and Path(spec.weights).is_file():
+def located(spec: EncoderSpec, image_size: int, folder: Path | None = None) -> EncoderSpec:
+    """The same encoder where its files are on this machine. folder: an artifact's, which may have them inside."""
+    if folder and spec.weights and not Path(spec.weights).is_absolute():
+        path = None if spec.path is None else str((folder / spec.path).absolute())
+        weights = (folder / spec.weights).absolute()
+        if not weights.is_file():
+            raise CheckpointError(f"{weights}: the encoder inside this artifact is gone; copy the whole folder again")
+        found = spec.model_copy(update={"path": path, "weights": str(weights), "weights_sha256": sha256_of(weights)})
+    elif spec.weights and Path(spec.weights).is_file():
         found = spec.model_copy(update={"weights_sha256": sha256_of(Path(spec.weights))})
     else:
-        found = resolve_encoder(spec.name, image_size=image_size, input_size=spec.input_size)
+        found = resolve_encoder(spec.name, image_size=image_size, input_size=spec.input_size, layers=spec.layers)
     fields = differing_fields(encoder_identity(found), encoder_identity(spec))
     if fields:
         lines = "".join(f"\n  {field}" for field in fields)

@@ -1,9 +1,10 @@
 """The blocks that recipes share: encoder, decoder, diffusion model, flow, optimiser, schedule."""
 
 import math
-from typing import Literal, Self
+import re
+from typing import Annotated, Literal, Self
 
-from pydantic import model_validator
+from pydantic import AfterValidator, model_validator
 
 from raecli.recipe.spec import Count, Duration, NonNegative, Positive, Probability, Spec
 
@@ -11,34 +12,54 @@ Dtype = Literal["bf16", "fp16", "fp32"]
 Precision = Literal["bf16", "fp32"]
 
 
+def check_layers(text: str) -> str:
+    """Refuse anything but "last" or "sum:4"."""
+    if not re.fullmatch(r"last|sum:[1-9][0-9]*", text):
+        raise ValueError('it reads "last", or "sum:K" for the last K blocks, e.g. "sum:4"')
+    return text
+
+
 class EncoderSpec(Spec):
-    """A frozen representation encoder, told so fully that another machine can check it has the same one. App. E.1.
+    """A frozen encoder, told so fully that another machine can check it has the same one. App. E.1.
 
     `loader` says how the module is made: `timm` builds `architecture` by timm's name; `folder` reads a Hugging Face
-    `config.json` at `path`. `weights` is the file read, `weights_sha256` its digest.
+    `config.json` at `path`; `pixels` has no weights; `diffusers` reads an AutoencoderKL's folder at `path`. `weights`
+    is the file read, `weights_sha256` its digest.
     """
 
-    name: str  # as the user wrote it: dinov2-b, timm:NAME, or a folder
-    family: Literal["dinov2", "dinov3", "siglip", "mae", "timm"]
-    loader: Literal["timm", "folder"]
-    architecture: str  # timm's model name, or the folder's model_type
-    path: str | None = None  # the Hugging Face folder
+    name: str  # as the user wrote it: dinov2-b, timm:NAME, a folder, pixels, sdvae:FOLDER
+    family: Literal["dinov2", "dinov3", "siglip", "mae", "timm", "pixels", "vae"]
+    loader: Literal["timm", "folder", "pixels", "diffusers"]
+    architecture: str  # timm's model name, the folder's model_type, the diffusers class
+    path: str | None = None  # the folder
     weights: str | None = None
     weights_sha256: str | None = None
     input_size: Count  # pixels a side that the encoder sees: 224 for DINOv2 on 256-pixel images
-    patch_size: Count
+    patch_size: Count  # pixels a side for one position of the latents: 1 for pixels, 8 for SD-VAE
     width: Count  # channels of a token
     prefix_tokens: int  # class and register tokens in front, dropped
-    norm_eps: Positive  # of the last LayerNorm, which keeps no affine
+    norm_eps: Positive | None  # of the last LayerNorm, which keeps no affine; None: no transformer, no LayerNorm
     position_antialias: bool = True  # of the bicubic resampling of position embeddings
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
-    layers: Literal["last"] = "last"
+    layers: Annotated[str, AfterValidator(check_layers)] = "last"  # sum:K adds up the last K blocks' tokens
+    scaling_factor: Positive | None = None  # of an AutoencoderKL: latents = (posterior mean - shift) x scaling
+    shift_factor: float | None = None  # likewise
 
     @property
     def tokens_side(self) -> int:
         """Tokens along one side: input_size / patch_size."""
         return self.input_size // self.patch_size
+
+    @property
+    def latent_shape(self) -> tuple[int, int, int]:
+        """C, H, W of one image's latents."""
+        return (self.width, self.tokens_side, self.tokens_side)
+
+    @property
+    def has_decoder(self) -> bool:
+        """Whether latents turn into images without a trained decoder: the baselines of Tables 2, 10 and 11."""
+        return self.loader in ("pixels", "diffusers")
 
 
 class DecoderSpec(Spec):

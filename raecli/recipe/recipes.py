@@ -57,6 +57,13 @@ class TrainingRecipe(Spec):
     save_every: Duration = "1 epochs"
     keep_checkpoints: Count = 2
 
+    @model_validator(mode="after")
+    def check_save_every(self) -> Self:
+        """Nothing is saved every 0 steps."""
+        if float(self.save_every.split()[0]) == 0:
+            raise ValueError("save_every is above 0: 1 epochs, 500 steps")
+        return self
+
 
 class TrainDecoderRecipe(TrainingRecipe):
     """Stage 1: a decoder from latents to pixels. Sec. 3, Sec. 4.3, App. E.2."""

@@ -4,6 +4,7 @@ Shards are encoded whole, in batches of fixed make-up, so a shard's bytes depend
 finished shard has a record beside it; the manifest comes last, and then the records go.
 """
 
+import itertools
 import json
 import time
 from dataclasses import dataclass
@@ -19,12 +20,10 @@ from raecli.data.images import ImageItem, ImageSource, open_images, unique_keys
 from raecli.data.order import permutation
 from raecli.data.preprocess import center_crop, decode_rgb
 from raecli.errors import InputError, NonFiniteError, StorageError
-from raecli.models.build import encoder_of
-from raecli.models.encoder import Encoder
+from raecli.models.build import FrozenEncoder, encoder_of
 from raecli.recipe.recipes import EncodeCacheRecipe
 from raecli.store.atomic import atomic_file, sha256_of, sweep_scratch, write_json
-from raecli.store.latent_cache import INDEX, VIEWS, write_index
-from raecli.store.lock import hold_folder
+from raecli.store.latent_cache import INDEX, VIEWS, LatentCache, bad_tables, write_index
 from raecli.store.manifest import MANIFEST, Manifest, differing_fields, encoder_identity, read_manifest, tuples
 from raecli.store.shards import TORCH_DTYPES, ShardLayout, ShardWriter
 from raecli.store.statistics import STATISTICS, LatentSums
@@ -32,6 +31,7 @@ from raecli.training.distributed import Ranks, decode_threads
 from raecli.training.progress import Progress
 
 PLAN = "plan.json"
+UNRECORDED = ("batch_size", "on_bad_image")  # have to stay while a cache is being made; its manifest does not tell them
 CHECK_SECONDS = 60.0  # after a bad image, how long the others are looked at for a full list
 
 
@@ -72,36 +72,36 @@ class Job:
 def run(recipe: EncodeCacheRecipe, ranks: Ranks) -> None:
     """Encode all images that have no latents yet, then tie the cache together."""
     job = make_job(recipe)
-    if ranks.is_main:
-        with hold_folder(job.output):
-            work(job, ranks)
+    with ranks.holding(job.output):
+        ranks.main_first(lambda: prepare_output(job))
+        finished = finished_cache(job)
+        own = range(ranks.rank, job.shards, ranks.world)  # whatever is done already: all ranks agree on whose is whose
+        made = [shard for shard in own if not is_finished(job, shard, finished)]
+        if made:
+            encode_shards(job, made, ranks)
+        made = sorted(shard for part in ranks.gather(made) for shard in part)
+        ranks.main_first(lambda: finish(job, finished, made))
+
+
+def finish(job: Job, finished: Manifest | None, made: list[int]) -> None:
+    """Write or check what ties the shards together, and say what there is."""
+    if finished is None:
+        manifest = tie_together(job)
     else:
-        work(job, ranks)
-
-
-def work(job: Job, ranks: Ranks) -> None:
-    """One rank's part."""
-    if ranks.is_main:
-        prepare_output(job)
-    ranks.barrier()
-    finished = finished_cache(job)
-    todo = [shard for shard in range(job.shards) if not is_finished(job, shard, finished)]
-    if todo:
-        encode_shards(job, todo[ranks.rank :: ranks.world], ranks)
-    ranks.barrier()
-    if ranks.is_main:
-        manifest = finished or tie_together(job)
-        check_repaired(job, manifest, todo)
-        remove_records(job)
-        shards, skipped = len(manifest.shards), len(manifest.skipped)
-        print(f"{job.output}: {manifest.samples} samples in {shards} shards, {skipped} images skipped")
+        manifest = finished
+        check_repaired(job, manifest, made)
+        if bad_tables(job.output, manifest):
+            mend_tables(job, manifest)
+    remove_records(job)
+    shards, skipped = len(manifest.shards), len(manifest.skipped)
+    print(f"{job.output}: {manifest.samples} samples in {shards} shards, {skipped} images skipped")
 
 
 def make_job(recipe: EncodeCacheRecipe) -> Job:
     """List the images and fix their order."""
     source = open_images(recipe.source)
     encoder = recipe.encoder
-    layout = ShardLayout((encoder.width, encoder.tokens_side, encoder.tokens_side), recipe.dtype, VIEWS[recipe.views])
+    layout = ShardLayout(encoder.latent_shape, recipe.dtype, VIEWS[recipe.views])
     order = permutation(recipe.seed, "cache", 0, len(source.items))
     return Job(recipe, source, unique_keys(item.name for item in source.items), order, layout, Path(recipe.output))
 
@@ -111,12 +111,12 @@ def plan_of(job: Job) -> dict[str, Any]:
     recipe = job.recipe
     return {
         **{f"encoder.{key}": value for key, value in encoder_identity(recipe.encoder).items()},
-        "image_size": recipe.image_size,
-        "views": recipe.views,
-        "dtype": recipe.dtype,
-        "samples_per_shard": recipe.samples_per_shard,
-        "seed": recipe.seed,
+        **{
+            key: getattr(recipe, key)
+            for key in ("image_size", "views", "dtype", "precision", "samples_per_shard", "seed")
+        },
         "source_sha256": job.source.fingerprint(),
+        **{key: getattr(recipe, key) for key in UNRECORDED},
     }
 
 
@@ -127,6 +127,7 @@ def prepare_output(job: Job) -> None:
     if (job.output / MANIFEST).exists():
         manifest = read_manifest(job.output)
         identity = {f"encoder.{key}": value for key, value in encoder_identity(manifest.encoder).items()}
+        plan = {key: value for key, value in plan.items() if key not in UNRECORDED}
         found = identity | {key: getattr(manifest, key) for key in plan if not key.startswith("encoder.")}
     elif (job.output / PLAN).exists():
         found = json.loads((job.output / PLAN).read_text(encoding="utf-8"))
@@ -175,7 +176,7 @@ def encode_shards(job: Job, shards: list[int], ranks: Ranks) -> None:
     progress.close()
 
 
-def encode_shard(job: Job, shard: int, encoder: Encoder, ranks: Ranks, progress: Progress) -> None:
+def encode_shard(job: Job, shard: int, encoder: FrozenEncoder, ranks: Ranks, progress: Progress) -> None:
     """Write one shard, its sums, and last its record."""
     indices, size = job.indices(shard), job.recipe.batch_size
     batches = [indices[start : start + size] for start in range(0, len(indices), size)]
@@ -188,13 +189,12 @@ def encode_shard(job: Job, shard: int, encoder: Encoder, ranks: Ranks, progress:
             kept = [index for index in batch if job.source.items[index].name not in {entry["source"] for entry in bad}]
             views = encode_views(job, encoder, images.to(ranks.device)) if kept else []
             check_finite(views, [job.source.items[index] for index in kept])
-            for latents in views:
-                sums.add(latents)
-            views = [latents.cpu() for latents in views]
             for row, index in enumerate(kept):
+                sample = torch.stack([latents[row] for latents in views])  # its views
+                sums.add(sample)
                 keys.append(job.keys[index])
                 labels.append(job.source.items[index].label)
-                writer.add(keys[-1], labels[-1], [latents[row] for latents in views])
+                writer.add(keys[-1], labels[-1], list(sample.cpu()))
             progress.advance(len(batch))
         writer.close()
     with atomic_file(job.sums_file(shard)) as scratch:
@@ -204,7 +204,7 @@ def encode_shard(job: Job, shard: int, encoder: Encoder, ranks: Ranks, progress:
     write_json(job.record_file(shard), record | {"keys": keys, "labels": labels, "skipped": skipped})
 
 
-def encode_views(job: Job, encoder: Encoder, images: Tensor) -> list[Tensor]:
+def encode_views(job: Job, encoder: FrozenEncoder, images: Tensor) -> list[Tensor]:
     """Latents of each view, [B, C, H, W] in the cache's dtype. images: uint8 [B, 3, S, S]."""
     views = [images] if len(job.layout.views) == 1 else [images, images.flip(3)]
     bf16 = job.recipe.precision == "bf16"
@@ -265,14 +265,39 @@ def tie_together(job: Job) -> Manifest:
         sums.merge(LatentSums.load(job.sums_file(shard)))
     if not sums.count:
         raise InputError(f"{job.source.path}: not one readable image")
-    with atomic_file(job.output / STATISTICS) as scratch:
-        sums.statistics().save(scratch)
     labels = [label for record in records for label in record["labels"]]
-    with atomic_file(job.output / INDEX) as scratch:
-        write_index(scratch, labels, [key for record in records for key in record["keys"]])
+    write_tables(job, sums, labels, [key for record in records for key in record["keys"]])
     manifest = manifest_of(job, records)
     write_json(job.output / MANIFEST, manifest.to_dict())
     return manifest
+
+
+def write_tables(job: Job, sums: LatentSums, labels: list[int], keys: list[str]) -> None:
+    """Statistics and index of a cache."""
+    with atomic_file(job.output / STATISTICS) as scratch:
+        sums.statistics().save(scratch)
+    with atomic_file(job.output / INDEX) as scratch:
+        write_index(scratch, labels, keys)
+
+
+def mend_tables(job: Job, manifest: Manifest) -> None:
+    """Statistics and index anew, out of a finished cache's shards; they have to come out as they were."""
+    skipped = {entry.source for entry in manifest.skipped}
+    kept = [index for index in job.order.tolist() if job.source.items[index].name not in skipped]
+    labels, keys = [job.source.items[index].label for index in kept], [job.keys[index] for index in kept]
+    cache = LatentCache(job.output, manifest, torch.tensor(labels), keys)
+    total = LatentSums(job.layout.latent_shape)
+    for first, last in itertools.pairwise(cache.starts.tolist()):
+        sums = LatentSums(job.layout.latent_shape)
+        for index in range(first, last):
+            views = [cache.latents([index], [flipped]) for flipped in (False, True)[: len(job.layout.views)]]
+            sums.add(torch.cat(views))
+        total.merge(sums)
+    write_tables(job, total, labels, keys)
+    if problems := bad_tables(job.output, manifest):
+        raise InputError(
+            f"{job.output}: {'; '.join(problems)}; made anew they differ: delete the folder and encode again"
+        )
 
 
 def manifest_of(job: Job, records: list[dict[str, Any]]) -> Manifest:
@@ -284,6 +309,7 @@ def manifest_of(job: Job, records: list[dict[str, Any]]) -> Manifest:
         "image_size": recipe.image_size,
         "latent_shape": job.layout.latent_shape,
         "dtype": recipe.dtype,
+        "precision": recipe.precision,
         "views": recipe.views,
         "classes": job.source.classes,
         "samples": sum(record["samples"] for record in records),
@@ -291,6 +317,8 @@ def manifest_of(job: Job, records: list[dict[str, Any]]) -> Manifest:
         "seed": recipe.seed,
         "source_sha256": job.source.fingerprint(),
         "shards": shards,
+        "index_sha256": sha256_of(job.output / INDEX),
+        "statistics_sha256": sha256_of(job.output / STATISTICS),
         "skipped": sorted(
             (entry for record in records for entry in record["skipped"]), key=lambda entry: entry["source"]
         ),

@@ -5,7 +5,6 @@ The encoder is frozen and runs on the crops as they come. The adversarial term o
 
 import contextlib
 import math
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,15 +27,16 @@ from raecli.models.encoder import Encoder
 from raecli.models.load import located
 from raecli.recipe.recipes import TrainDecoderRecipe
 from raecli.recipe.spec import duration_in_steps
-from raecli.store.checkpoint import load_optimizer, newest_checkpoint, optimizer_tensors, save_checkpoint, save_final
-from raecli.store.latent_cache import LatentCache, open_cache
-from raecli.store.lock import hold_folder
+from raecli.store.checkpoint import load_optimizer, optimizer_tensors, save_checkpoint, save_final
+from raecli.store.latent_cache import LatentCache, check_cache, open_cache
 from raecli.store.resolve import latents_config
-from raecli.store.run_folder import MetricsLog, prepare_run
+from raecli.store.run_folder import MetricsLog
+from raecli.store.statistics import LatentStatistics
+from raecli.training.beginning import begin_run
 from raecli.training.distributed import Ranks, check_batch, data_parallel, decode_threads
 from raecli.training.ema import Ema
 from raecli.training.meter import Meter
-from raecli.training.optimizer import clip_gradients, make_optimizer, rate_at, set_learning_rate
+from raecli.training.optimizer import clip_gradients, optimizer_of, rate_at, set_learning_rate
 from raecli.training.progress import Progress
 from raecli.training.stopping import StopRequest
 
@@ -65,25 +65,27 @@ class Crops:
 
 def run(recipe: TrainDecoderRecipe, ranks: Ranks) -> None:
     """Train until the recipe's end, from where the run stands."""
-    with hold_folder(Path(recipe.output)) if ranks.is_main else contextlib.nullcontext():
-        train(recipe, ranks)
-
-
-def train(recipe: TrainDecoderRecipe, ranks: Ranks) -> None:
-    """Data, model, loop, checkpoints."""
     check_batch(recipe.batch_size, ranks.world)
-    run_folder, stop = Path(recipe.output), StopRequest(ranks)
-    source, cache = open_images(recipe.images), open_cache(recipe.cache)
-    samples = len(source.items)
-    total = duration_in_steps(recipe.duration, samples, recipe.batch_size)
+    with ranks.holding(Path(recipe.output)):
+        ranks.main_first(lambda: check_inputs(recipe))  # what is wrong with them is told once
+        source, cache = open_images(recipe.images), open_cache(recipe.cache)
+        total = duration_in_steps(recipe.duration, len(source.items), recipe.batch_size)
+        state = begin_or_resume(recipe, latents_of(cache, source), cache, total, ranks)
+        train(state, source, cache, total, recipe, ranks)
+        if ranks.is_main:
+            finish(state, recipe, latents_of(cache, source), cache.statistics)
+        ranks.barrier()
+
+
+def train(
+    state: State, source: ImageSource, cache: LatentCache, total: int, recipe: TrainDecoderRecipe, ranks: Ranks
+) -> None:
+    """The loop: crops, rate, step, figures, checkpoint."""
+    stop, samples = StopRequest(ranks), len(source.items)
     save_every = duration_in_steps(recipe.save_every, samples, recipe.batch_size)
-    if ranks.is_main:
-        prepare_run(run_folder, recipe, ranks.world)
-    ranks.barrier()
-    state = resume_or_start(recipe, run_folder, cache, ranks)
-    log = MetricsLog(run_folder, state.step) if ranks.is_main else None
-    progress = Progress(total, "steps", "train-decoder", shown=ranks.is_main, done=state.step)
+    log = MetricsLog(Path(recipe.output), state.step) if ranks.is_main else None
     meter = Meter(log, ranks, log_every=recipe.log_every, batch_size=recipe.batch_size)
+    progress = Progress(total, "steps", "train-decoder", shown=ranks.is_main, done=state.step)
     side = cache.manifest.encoder.tokens_side * recipe.decoder.patch_size
     for crops in ahead(lambda step: make_crops(source, step, side, recipe, ranks), range(state.step, total)):
         set_learning_rate(state.optimizer, rate_at(state.step, total, samples, recipe))
@@ -93,32 +95,38 @@ def train(recipe: TrainDecoderRecipe, ranks: Ranks) -> None:
         figures = {"gradient_norm": norm, "learning_rate": state.optimizer.param_groups[0]["lr"]}
         meter.record(state.step, losses, figures, progress, last=stopping or state.step == total)
         if state.step % save_every == 0 or state.step == total or stopping:
-            save(run_folder, state, recipe, cache, ranks)
+            save(state, recipe, latents_of(cache, source), cache.statistics, ranks)
         if stopping and state.step < total:
             raise stop.error()
     progress.close()
-    if ranks.is_main:
-        finish(run_folder, state, recipe, cache)
-    ranks.barrier()
 
 
-def resume_or_start(recipe: TrainDecoderRecipe, run_folder: Path, cache: LatentCache, ranks: Ranks) -> State:
+def check_inputs(recipe: TrainDecoderRecipe) -> None:
+    """Open all that the recipe names; raises what is wrong with it."""
+    open_images(recipe.images)
+    check_cache(recipe.cache)
+    perceptual_network(recipe)
+
+
+def latents_of(cache: LatentCache, source: ImageSource) -> dict[str, Any]:
+    """What the decoder has to remember: the latents, and the images it learned from, which fix the order."""
+    return latents_config(cache.manifest) | {"images_sha256": source.fingerprint()}
+
+
+def begin_or_resume(
+    recipe: TrainDecoderRecipe, latents: dict[str, Any], cache: LatentCache, total: int, ranks: Ranks
+) -> State:
     """Decoder, average and optimiser: fresh from the seed, or as the newest whole checkpoint has them."""
+    checkpoint = begin_run(recipe, latents, total, ranks)
     encoder = located(cache.manifest.encoder, cache.manifest.image_size)
     torch.manual_seed(recipe.seed)
     model = decoder_of(recipe.decoder, encoder).to(ranks.device)
     ema = Ema(model, recipe.ema_decay, ramp=recipe.ema_ramp)
-    spec = recipe.optimizer
-    optimizer = make_optimizer(
-        model, learning_rate=spec.learning_rate, betas=spec.betas, weight_decay=spec.weight_decay
-    )
-    checkpoint = newest_checkpoint(run_folder)
+    optimizer = optimizer_of(model, recipe)
     if checkpoint:
         model.load_state_dict(checkpoint.model)
         ema.load(checkpoint.ema)
         load_optimizer(model, optimizer, checkpoint.optimizer)
-        if ranks.is_main:
-            print(f"resuming {run_folder} at step {checkpoint.step}", file=sys.stderr)
     if recipe.compile:
         for block in model.blocks:
             block.compile()
@@ -236,7 +244,7 @@ def noisy_latents_of(
     return augmented_latents(latents, noise, scales)
 
 
-def config_of(state: State, recipe: TrainDecoderRecipe, cache: LatentCache) -> dict[str, Any]:
+def config_of(state: State, recipe: TrainDecoderRecipe, latents: dict[str, Any]) -> dict[str, Any]:
     """What a lone decoder has to say of itself."""
     return {
         "format": "rae-decoder",
@@ -244,35 +252,38 @@ def config_of(state: State, recipe: TrainDecoderRecipe, cache: LatentCache) -> d
         "step": state.step,
         "samples_consumed": state.step * recipe.batch_size,
         "recipe": recipe.to_dict(),
-        "latents": latents_config(cache.manifest),
+        "latents": latents,
     }
 
 
-def save(run_folder: Path, state: State, recipe: TrainDecoderRecipe, cache: LatentCache, ranks: Ranks) -> None:
+def save(
+    state: State, recipe: TrainDecoderRecipe, latents: dict[str, Any], statistics: LatentStatistics, ranks: Ranks
+) -> None:
     """Write a checkpoint, by the main rank; the others wait."""
     if ranks.is_main:
         save_checkpoint(
-            run_folder,
+            Path(recipe.output),
             state.step,
             model=state.model.state_dict(),
             ema=state.ema.weights(),
             optimizer=optimizer_tensors(state.model, state.optimizer),
-            statistics=cache.statistics,
+            statistics=statistics,
             state={"samples_consumed": state.step * recipe.batch_size},
-            config=config_of(state, recipe, cache),
+            config=config_of(state, recipe, latents),
             keep=recipe.keep_checkpoints,
         )
     ranks.barrier()
 
 
-def finish(run_folder: Path, state: State, recipe: TrainDecoderRecipe, cache: LatentCache) -> None:
+def finish(state: State, recipe: TrainDecoderRecipe, latents: dict[str, Any], statistics: LatentStatistics) -> None:
     """Write final/: the averaged decoder, its encoder's identity, the statistics."""
+    run_folder = Path(recipe.output)
     count = sum(parameter.numel() for parameter in state.model.parameters())
     card = (
-        f"# {run_folder.name}\n\nA ViT decoder with {count:,} parameters for latents of {cache.manifest.encoder.name}, "
+        f"# {run_folder.name}\n\nA ViT decoder with {count:,} parameters for latents of {latents['encoder']['name']}, "
         f"trained by rae for {state.step} steps of {recipe.batch_size} images, noise tau {recipe.noise_tau}.\n\n"
         f"{recipe.paper}\n"
     )
-    config = config_of(state, recipe, cache)
-    folder = save_final(run_folder, weights=state.ema.weights(), statistics=cache.statistics, config=config, card=card)
+    config, weights = config_of(state, recipe, latents), state.ema.weights()
+    folder = save_final(run_folder, weights=weights, statistics=statistics, config=config, card=card)
     print(f"{folder}: {count} parameters, {state.step} steps")

@@ -6,7 +6,6 @@ after a restart.
 
 import contextlib
 import math
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,17 +23,17 @@ from raecli.models.dit import parameter_count
 from raecli.models.layers import Block
 from raecli.recipe.recipes import TrainDiffusionRecipe
 from raecli.recipe.spec import duration_in_steps
-from raecli.store.checkpoint import load_optimizer, newest_checkpoint, optimizer_tensors, save_checkpoint, save_final
-from raecli.store.latent_cache import LatentCache, damaged, open_cache
-from raecli.store.lock import hold_folder
+from raecli.store.checkpoint import load_optimizer, optimizer_tensors, save_checkpoint, save_final
+from raecli.store.latent_cache import LatentCache, check_cache, damaged, open_cache
 from raecli.store.manifest import MANIFEST
 from raecli.store.resolve import latents_config
-from raecli.store.run_folder import MetricsLog, prepare_run
+from raecli.store.run_folder import MetricsLog
 from raecli.store.statistics import LatentStatistics
+from raecli.training.beginning import begin_run
 from raecli.training.distributed import Ranks, check_batch, data_parallel
 from raecli.training.ema import Ema
 from raecli.training.meter import Meter
-from raecli.training.optimizer import clip_gradients, make_optimizer, rate_at, set_learning_rate
+from raecli.training.optimizer import clip_gradients, optimizer_of, rate_at, set_learning_rate
 from raecli.training.progress import Progress
 from raecli.training.stopping import StopRequest
 
@@ -65,27 +64,25 @@ class Batch:
 
 def run(recipe: TrainDiffusionRecipe, ranks: Ranks) -> None:
     """Train until the recipe's end, from where the run stands."""
-    with hold_folder(Path(recipe.output)) if ranks.is_main else contextlib.nullcontext():
-        train(recipe, ranks)
-
-
-def train(recipe: TrainDiffusionRecipe, ranks: Ranks) -> None:
-    """Data, model, loop, checkpoints."""
     check_batch(recipe.batch_size, ranks.world)
-    run_folder, stop = Path(recipe.output), StopRequest(ranks)
-    cache = open_verified(recipe, ranks)
-    statistics = cache.statistics.to(ranks.device)
-    total = duration_in_steps(recipe.duration, len(cache), recipe.batch_size)
+    with ranks.holding(Path(recipe.output)):
+        cache = open_verified(recipe, ranks)
+        total = duration_in_steps(recipe.duration, len(cache), recipe.batch_size)
+        state = begin_or_resume(recipe, cache, total, ranks)
+        train(state, cache, total, recipe, ranks)
+        if ranks.is_main:
+            finish(state, recipe, cache)
+        ranks.barrier()
+
+
+def train(state: State, cache: LatentCache, total: int, recipe: TrainDiffusionRecipe, ranks: Ranks) -> None:
+    """The loop: batch, rate, step, figures, checkpoint."""
+    stop, statistics = StopRequest(ranks), cache.statistics.to(ranks.device)
     save_every = duration_in_steps(recipe.save_every, len(cache), recipe.batch_size)
-    if ranks.is_main:
-        prepare_run(run_folder, recipe, ranks.world)
-    ranks.barrier()
-    state = resume_or_start(recipe, run_folder, ranks)
-    log = MetricsLog(run_folder, state.step) if ranks.is_main else None
-    progress = Progress(total, "steps", "train-diffusion", shown=ranks.is_main, done=state.step)
+    log = MetricsLog(Path(recipe.output), state.step) if ranks.is_main else None
     meter = Meter(log, ranks, log_every=recipe.log_every, batch_size=recipe.batch_size)
-    steps = range(state.step, total)
-    for batch in ahead(lambda step: make_batch(cache, step, recipe, ranks), steps):
+    progress = Progress(total, "steps", "train-diffusion", shown=ranks.is_main, done=state.step)
+    for batch in ahead(lambda step: make_batch(cache, step, recipe, ranks), range(state.step, total)):
         set_learning_rate(state.optimizer, rate_at(state.step, total, len(cache), recipe))
         loss, norm = train_step(state, batch, statistics, recipe, ranks)
         state.step += 1
@@ -93,20 +90,19 @@ def train(recipe: TrainDiffusionRecipe, ranks: Ranks) -> None:
         figures = {"gradient_norm": norm, "learning_rate": state.optimizer.param_groups[0]["lr"]}
         meter.record(state.step, {"loss": loss}, figures, progress, last=stopping or state.step == total)
         if state.step % save_every == 0 or state.step == total or stopping:
-            save(run_folder, state, statistics, recipe, cache, ranks)
+            save(state, recipe, cache, ranks)
         if stopping and state.step < total:
             raise stop.error()
     progress.close()
-    if ranks.is_main:
-        finish(run_folder, state, statistics, recipe, cache)
-    ranks.barrier()
 
 
 def open_verified(recipe: TrainDiffusionRecipe, ranks: Ranks) -> LatentCache:
-    """The cache, its shards' digests checked: each rank takes its share. Larger caches: sizes alone."""
+    """The cache, its shards' digests checked: each rank takes its share. Larger caches: each shard at its first use."""
+    ranks.main_first(lambda: check_cache(recipe.cache))  # what is wrong with it is told once
     cache = open_cache(recipe.cache)
     numbers = range(ranks.rank, len(cache.manifest.shards), ranks.world)
     small = sum(shard.bytes for shard in cache.manifest.shards) <= VERIFY_BYTES
+    cache.verify_at_first_use = not small
     problems = [problem for part in ranks.gather(cache.bad_shards(numbers) if small else []) for problem in part]
     if problems:
         raise damaged(cache.folder, problems)
@@ -115,28 +111,22 @@ def open_verified(recipe: TrainDiffusionRecipe, ranks: Ranks) -> LatentCache:
     return cache
 
 
-def resume_or_start(recipe: TrainDiffusionRecipe, run_folder: Path, ranks: Ranks) -> State:
+def begin_or_resume(recipe: TrainDiffusionRecipe, cache: LatentCache, total: int, ranks: Ranks) -> State:
     """Model, average and optimiser: fresh from the seed, or as the newest whole checkpoint has them."""
+    checkpoint = begin_run(recipe, latents_config(cache.manifest), total, ranks)
     torch.manual_seed(recipe.seed)
     model = diffusion_of(recipe.model).to(ranks.device)
     ema = Ema(model, recipe.ema_decay, ramp=recipe.ema_ramp)
-    spec = recipe.optimizer
-    optimizer = make_optimizer(
-        model, learning_rate=spec.learning_rate, betas=spec.betas, weight_decay=spec.weight_decay
-    )
-    checkpoint = newest_checkpoint(run_folder)
+    optimizer = optimizer_of(model, recipe)
     if checkpoint:
         model.load_state_dict(checkpoint.model)
         ema.load(checkpoint.ema)
         load_optimizer(model, optimizer, checkpoint.optimizer)
-        if ranks.is_main:
-            print(f"resuming {run_folder} at step {checkpoint.step}", file=sys.stderr)
     if recipe.compile:
         for block in model.modules():
             if isinstance(block, Block):
                 block.compile()
-    forward = data_parallel(model, ranks)
-    return State(model, forward, ema, optimizer, checkpoint.step if checkpoint else 0)
+    return State(model, data_parallel(model, ranks), ema, optimizer, checkpoint.step if checkpoint else 0)
 
 
 def make_batch(cache: LatentCache, step: int, recipe: TrainDiffusionRecipe, ranks: Ranks) -> Batch:
@@ -171,21 +161,29 @@ def train_step(
 ) -> tuple[Tensor, float]:
     """One optimiser step over the batch, in micro-batches; returns this rank's mean loss and the gradient's norm."""
     micro = recipe.micro_batch_size or len(batch.positions)
-    total = torch.zeros((), device=ranks.device)
+    losses = []
     for start in range(0, len(batch.positions), micro):
         part = slice(start, start + micro)
         last = start + micro >= len(batch.positions)
-        total += backward(state.forward, batch, part, statistics, recipe, ranks, synchronise=last)
+        losses.append(backward(state.forward, batch, part, statistics, recipe, ranks, synchronise=last))
+    per_sample = torch.cat(losses)
     norm = clip_gradients(state.model.parameters(), recipe.optimizer.clip_norm).item()
     if not math.isfinite(norm):  # before the optimiser and the average are touched
-        raise NonFiniteError(
-            f"step {state.step}: the gradient is NaN or infinite (this rank's loss {total.item():.4g}, samples "
-            f"{', '.join(batch.keys[:8])}, ...); the last checkpoint is finite: lower the learning rate and resume"
-        )
+        raise not_finite(state.step, batch, per_sample)
     state.optimizer.step()
     state.optimizer.zero_grad(set_to_none=True)
     state.ema.update(state.step)
-    return total, norm
+    return per_sample.mean(), norm
+
+
+def not_finite(step: int, batch: Batch, losses: Tensor) -> NonFiniteError:
+    """The error that names the samples whose loss is no number, of this rank; gradients alone may overflow too."""
+    bad = (~losses.isfinite()).nonzero().flatten().tolist()
+    whose = f"the loss of {', '.join(batch.keys[row] for row in bad[:8])}" if bad else "the gradient, but no loss,"
+    return NonFiniteError(
+        f"step {step}: {whose} is NaN or infinite ({len(bad)} of {len(losses)} samples of this rank); the last "
+        "checkpoint is finite: lower the learning rate and resume"
+    )
 
 
 def backward(
@@ -198,7 +196,7 @@ def backward(
     *,
     synchronise: bool,
 ) -> Tensor:
-    """Forward and backward of one micro-batch; returns its share of the mean loss, detached."""
+    """Forward and backward of one micro-batch; returns its losses, one a sample, detached."""
     latents = statistics.normalise(batch.latents[part].to(ranks.device, non_blocking=True).float())
     noise = normals(tuple(latents.shape[1:]), recipe.seed, "noise", batch.positions[part], ranks.device)
     t, labels = batch.t[part].to(ranks.device), batch.labels[part].to(ranks.device)
@@ -206,9 +204,9 @@ def backward(
     with hold:
         with torch.autocast(ranks.device.type, torch.bfloat16, enabled=recipe.precision == "bf16"):
             velocity = forward(noisy_latents(latents, noise, t), t, labels)
-        loss = flow_loss(velocity, latents, noise).sum() / len(batch.positions)
-        loss.backward()
-    return loss.detach()
+        losses = flow_loss(velocity, latents, noise)
+        (losses.sum() / len(batch.positions)).backward()
+    return losses.detach()
 
 
 def config_of(state: State, recipe: TrainDiffusionRecipe, cache: LatentCache) -> dict[str, Any]:
@@ -223,23 +221,16 @@ def config_of(state: State, recipe: TrainDiffusionRecipe, cache: LatentCache) ->
     }
 
 
-def save(
-    run_folder: Path,
-    state: State,
-    statistics: LatentStatistics,
-    recipe: TrainDiffusionRecipe,
-    cache: LatentCache,
-    ranks: Ranks,
-) -> None:
+def save(state: State, recipe: TrainDiffusionRecipe, cache: LatentCache, ranks: Ranks) -> None:
     """Write a checkpoint, by the main rank; the others wait."""
     if ranks.is_main:
         save_checkpoint(
-            run_folder,
+            Path(recipe.output),
             state.step,
             model=state.model.state_dict(),
             ema=state.ema.weights(),
             optimizer=optimizer_tensors(state.model, state.optimizer),
-            statistics=statistics,
+            statistics=cache.statistics,
             state={"samples_consumed": state.step * recipe.batch_size},
             config=config_of(state, recipe, cache),
             keep=recipe.keep_checkpoints,
@@ -247,17 +238,15 @@ def save(
     ranks.barrier()
 
 
-def finish(
-    run_folder: Path, state: State, statistics: LatentStatistics, recipe: TrainDiffusionRecipe, cache: LatentCache
-) -> None:
+def finish(state: State, recipe: TrainDiffusionRecipe, cache: LatentCache) -> None:
     """Write final/: the averaged model and its card."""
-    encoder = cache.manifest.encoder
+    run_folder, count = Path(recipe.output), parameter_count(state.model)
     card = (
-        f"# {run_folder.name}\n\nA {recipe.model.kind} with {parameter_count(state.model):,} parameters, trained by "
-        f"rae on latents of {encoder.name} ({recipe.cache}) for {state.step} steps of {recipe.batch_size} images.\n\n"
-        f"{recipe.paper}\n\n"
-        f"    rae sample {run_folder}/final samples/ --autoencoder AUTOENCODER\n"
+        f"# {run_folder.name}\n\nA {recipe.model.kind} with {count:,} parameters, trained by rae on latents of "
+        f"{cache.manifest.encoder.name} ({recipe.cache}) for {state.step} steps of {recipe.batch_size} images.\n\n"
+        f"{recipe.paper}\n\n    rae sample {run_folder}/final samples/ --autoencoder AUTOENCODER\n"
     )
     config = config_of(state, recipe, cache)
-    folder = save_final(run_folder, weights=state.ema.weights(), statistics=statistics, config=config, card=card)
-    print(f"{folder}: {parameter_count(state.model)} parameters, {state.step} steps")
+    weights = state.ema.weights()
+    folder = save_final(run_folder, weights=weights, statistics=cache.statistics, config=config, card=card)
+    print(f"{folder}: {count} parameters, {state.step} steps")

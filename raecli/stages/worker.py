@@ -2,21 +2,27 @@
 
 import ctypes
 import os
+import re
 import signal
 import sys
 import traceback
+from collections.abc import Callable
+from pathlib import Path
 
 from raecli.errors import ExitCode, RaeError
 from raecli.recipe.spec import Spec
 
 PR_SET_PDEATHSIG = 1
+# What gloo and nccl say when a peer is gone or silent.
+LOST = re.compile(r"gloo|NCCL|Connection (closed|reset|refused)|[Tt]imed out|Broken pipe|DistBackendError")
+LAUNCHER, EXIT_CODES = "RAE_LAUNCHER", "RAE_EXIT_CODES"  # variables: its process; the folder for our exit codes
 
 
 def die_with_parent() -> None:
     """Ask Linux for KILL when the launcher dies, so that no rank outlives it."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-        if os.getppid() == 1:  # it died before the request
+        if os.environ.get(LAUNCHER) not in (None, str(os.getppid())):  # it died before the request
             os._exit(int(ExitCode.WORKER))
 
 
@@ -36,19 +42,37 @@ def run_stage(recipe: Spec, timeout_seconds: float) -> None:
 def work(recipe_file: str, timeout_seconds: float) -> int:
     """Run a stage from a recipe file; returns the exit code, the reason is on stderr."""
     from raecli.recipe.load import load_recipe
-    from raecli.store.atomic import storage_error
 
-    rank = os.environ.get("RANK", "0")
-    who = "" if rank == "0" else f"[rank {rank}] "
+    code = ended(lambda: run_stage(load_recipe(None, recipe_file), timeout_seconds))
+    if folder := os.environ.get(EXIT_CODES):
+        Path(folder, os.environ.get("RANK", "0")).write_text(str(code))
+    return code
+
+
+def ended(stage: Callable[[], None]) -> int:
+    """Run something; its exit code, after saying on stderr what went wrong."""
+    from raecli.store.atomic import storage_error
+    from raecli.training.distributed import ToldElsewhere
+
     try:
-        run_stage(load_recipe(None, recipe_file), timeout_seconds)
-    except RaeError as error:
-        print(f"{who}error: {error}", file=sys.stderr, flush=True)
+        stage()
+    except ToldElsewhere as error:
         return int(error.exit_code)
+    except RaeError as error:
+        return tell(f"error: {error}", error.exit_code)
     except OSError as error:
-        print(f"{who}error: {storage_error(error)}", file=sys.stderr, flush=True)
-        return int(ExitCode.STORAGE)
-    except Exception:
-        print(f"{who}{traceback.format_exc()}", file=sys.stderr, flush=True)
-        return int(ExitCode.BUG)
+        return tell(f"error: {storage_error(error)}", ExitCode.STORAGE)
+    except KeyboardInterrupt:
+        return tell("error: interrupted; run the same command to go on", ExitCode.INTERRUPTED)
+    except Exception as error:
+        if os.environ.get("WORLD_SIZE", "1") != "1" and LOST.search(str(error)):
+            return int(ExitCode.WORKER)  # the launcher names the rank that was lost
+        return tell(traceback.format_exc(), ExitCode.BUG)
     return int(ExitCode.DONE)
+
+
+def tell(text: str, code: ExitCode) -> int:
+    """Say something on stderr, with the rank where there are several."""
+    rank = os.environ.get("RANK", "0")
+    print(text if rank == "0" else f"[rank {rank}] {text}", file=sys.stderr, flush=True)
+    return int(code)

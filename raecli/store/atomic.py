@@ -32,25 +32,43 @@ def atomic_file(path: Path) -> Iterator[Path]:
         flush_to_disk(scratch)
         scratch.replace(path)
         flush_to_disk(path.parent)
+    except OSError as error:
+        error.filename = error.filename or str(path)  # a failed write does not know its file
+        raise
     finally:
         scratch.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
 def atomic_folder(path: Path) -> Iterator[Path]:
-    """Yield a scratch folder; on success it becomes `path`, on failure it is gone. `path` must not exist."""
+    """Yield a scratch folder; on success it becomes `path`, in place of one that is there; on failure it is gone."""
     scratch = scratch_of(path)
+    shutil.rmtree(scratch, ignore_errors=True)  # of a dead process with our number
     scratch.mkdir(parents=True)
     try:
         yield scratch
-        for file in scratch.iterdir():
-            file.chmod(0o666 & ~UMASK)
-            flush_to_disk(file)
+        for path_inside in scratch.rglob("*"):
+            if path_inside.is_file():
+                path_inside.chmod(0o666 & ~UMASK)
+            flush_to_disk(path_inside)
         flush_to_disk(scratch)
+        if path.exists():
+            remove_folder(path)
         scratch.rename(path)
         flush_to_disk(path.parent)
+    except OSError as error:
+        error.filename = error.filename or str(path)
+        raise
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
+
+
+def remove_folder(path: Path) -> None:
+    """Take a folder away: first its name, so that nothing half-deleted is ever found under it."""
+    grave = scratch_of(path.with_name(f"old-{path.name}"))
+    shutil.rmtree(grave, ignore_errors=True)
+    path.rename(grave)
+    shutil.rmtree(grave)
 
 
 def flush_to_disk(path: Path) -> None:
@@ -74,11 +92,9 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def sweep_scratch(folder: Path) -> None:
-    """Remove scratch of processes that are dead (on this machine)."""
+    """Remove what dead processes left half-written. For who holds the folder (store/lock.py), before others write."""
     for path in folder.glob(f"{SCRATCH}*"):
-        process = path.name.removeprefix(SCRATCH).partition("-")[0]
-        if process.isdigit() and not Path(f"/proc/{process}").exists():
-            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+        shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
 
 
 def sha256_of(path: Path) -> str:

@@ -1,7 +1,6 @@
 """Checkpoints: a folder of safetensors and JSON that is complete or absent. No pickle."""
 
 import json
-import shutil
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,12 +8,13 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from raecli.errors import CheckpointError
-from raecli.store.atomic import atomic_folder, sha256_of, sweep_scratch, write_json
+from raecli.store.atomic import atomic_folder, remove_folder, sha256_of, write_json
 from raecli.store.statistics import STATISTICS, LatentStatistics
+from raecli.store.tensors import save_tensors
 
 MODEL, EMA, OPTIMIZER, STATE, CONFIG = (
     "model.safetensors",
@@ -32,6 +32,7 @@ class Checkpoint:
     path: Path
     step: int
     state: dict[str, Any]
+    config: dict[str, Any]
     model: dict[str, Tensor]
     ema: dict[str, Tensor]
     optimizer: dict[str, Tensor]
@@ -76,23 +77,23 @@ def save_checkpoint(
     """Write `checkpoints/step-0000100/` of a run, then drop all but the newest `keep`."""
     folder = run / "checkpoints" / f"step-{step:07d}"
     folder.parent.mkdir(parents=True, exist_ok=True)
-    if not folder.exists():
-        with atomic_folder(folder) as scratch:
-            save_file(contiguous(model), scratch / MODEL)
-            save_file(contiguous(ema), scratch / EMA)
-            save_file(contiguous(optimizer), scratch / OPTIMIZER)
-            statistics.save(scratch / STATISTICS)
-            write_json(scratch / CONFIG, config)
-            digests = {file.name: sha256_of(file) for file in sorted(scratch.iterdir())}
-            write_json(scratch / STATE, {"step": step, **state, "sha256": digests})
+    with atomic_folder(folder) as scratch:  # one that is there was found bad: it is replaced
+        save_tensors(contiguous(model), scratch / MODEL)
+        save_tensors(contiguous(ema), scratch / EMA)
+        save_tensors(contiguous(optimizer), scratch / OPTIMIZER)
+        statistics.save(scratch / STATISTICS)
+        write_json(scratch / CONFIG, config)
+        digests = {file.name: sha256_of(file) for file in sorted(scratch.iterdir())}
+        write_json(scratch / STATE, {"step": step, **state, "sha256": digests})
     for old in checkpoint_folders(run)[keep:]:
-        shutil.rmtree(old)
+        remove_folder(old)
     return folder
 
 
 def checkpoint_folders(run: Path) -> list[Path]:
     """A run's checkpoints, the newest first."""
-    return sorted((run / "checkpoints").glob("step-*"), reverse=True)
+    folders = [folder for folder in (run / "checkpoints").glob("step-*") if folder.name[5:].isdigit()]
+    return sorted(folders, key=lambda folder: int(folder.name[5:]), reverse=True)
 
 
 def read_checkpoint(folder: Path) -> Checkpoint:
@@ -102,8 +103,9 @@ def read_checkpoint(folder: Path) -> Checkpoint:
         for name, digest in state["sha256"].items():
             if sha256_of(folder / name) != digest:
                 raise CheckpointError(f"{folder / name}: its bytes changed since it was written")
+        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
         tensors = [load_file(folder / name) for name in (MODEL, EMA, OPTIMIZER)]
-        return Checkpoint(folder, int(state["step"]), state, *tensors)
+        return Checkpoint(folder, int(state["step"]), state, config, *tensors)
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise CheckpointError(f"{folder}: not a whole checkpoint: {error}") from None
 
@@ -113,8 +115,6 @@ def newest_checkpoint(run: Path) -> Checkpoint | None:
 
     Raises CheckpointError if there are some and none can be used: never silently from step 0.
     """
-    if (run / "checkpoints").is_dir():
-        sweep_scratch(run / "checkpoints")
     folders = checkpoint_folders(run)
     for folder in folders:
         try:
@@ -131,13 +131,10 @@ def save_final(
 ) -> Path:
     """Write `final/`: the averaged weights and all that inference needs. One of another step is replaced."""
     folder = run / "final"
-    sweep_scratch(run)
     if is_final_of(folder, config):
         return folder
-    if folder.exists():
-        shutil.rmtree(folder)
     with atomic_folder(folder) as scratch:
-        save_file(contiguous(weights), scratch / MODEL)
+        save_tensors(contiguous(weights), scratch / MODEL)
         statistics.save(scratch / STATISTICS)
         (scratch / "README.md").write_text(card, encoding="utf-8")
         digests = {name: sha256_of(scratch / name) for name in (MODEL, STATISTICS)}

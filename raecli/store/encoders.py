@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from raecli.errors import UsageError
-from raecli.recipe.blocks import EncoderSpec
+from raecli.recipe.blocks import EncoderSpec, check_layers
 from raecli.store.atomic import sha256_of
+from raecli.store.encoder_baselines import PIXELS, SDVAE, is_baseline, resolve_baseline
 from raecli.store.encoder_config import HALF, IMAGENET, Triple, read_folder_config
 from raecli.store.encoder_weights import check_safetensors, weights_from_hub, weights_in_folder
 
@@ -22,6 +23,7 @@ class Preset:
     family: Literal["dinov2", "dinov3", "siglip", "mae", "timm"]
     architecture: str
     width: int
+    depth: int
     patch_size: int
     prefix_tokens: int  # class token + registers
     norm_eps: float  # as in Hugging Face transformers, which the released autoencoders were trained with
@@ -29,26 +31,26 @@ class Preset:
     statistics: tuple[Triple, Triple] = IMAGENET  # mean, standard deviation
 
 
-def _dinov2(size: str, width: int) -> Preset:
+def _dinov2(size: str, width: int, depth: int) -> Preset:
     """DINOv2 with registers."""
-    return Preset("dinov2", f"vit_{size}_patch14_reg4_dinov2.lvd142m", width, 14, 5, 1e-6, True)
+    return Preset("dinov2", f"vit_{size}_patch14_reg4_dinov2.lvd142m", width, depth, 14, 5, 1e-6, True)
 
 
-def _dinov3(size: str, width: int) -> Preset:
+def _dinov3(size: str, width: int, depth: int) -> Preset:
     """DINOv3: rotary positions, so none are resampled."""
-    return Preset("dinov3", f"vit_{size}_patch16_dinov3.lvd1689m", width, 16, 5, 1e-5, True)
+    return Preset("dinov3", f"vit_{size}_patch16_dinov3.lvd1689m", width, depth, 16, 5, 1e-5, True)
 
 
 PRESETS: dict[str, Preset] = {
-    "dinov2-s": _dinov2("small", 384),
-    "dinov2-b": _dinov2("base", 768),
-    "dinov2-l": _dinov2("large", 1024),
-    "siglip2-b": Preset("siglip", "vit_base_patch16_siglip_256.v2_webli", 768, 16, 0, 1e-6, False, HALF),
-    "siglip2-so": Preset("siglip", "vit_so400m_patch14_siglip_224.v2_webli", 1152, 14, 0, 1e-6, False, HALF),
-    "mae-b": Preset("mae", "vit_base_patch16_224.mae", 768, 16, 1, 1e-12, False),
-    "dinov3-s": _dinov3("small", 384),
-    "dinov3-b": _dinov3("base", 768),
-    "dinov3-l": _dinov3("large", 1024),
+    "dinov2-s": _dinov2("small", 384, 12),
+    "dinov2-b": _dinov2("base", 768, 12),
+    "dinov2-l": _dinov2("large", 1024, 24),
+    "siglip2-b": Preset("siglip", "vit_base_patch16_siglip_256.v2_webli", 768, 12, 16, 0, 1e-6, False, HALF),
+    "siglip2-so": Preset("siglip", "vit_so400m_patch14_siglip_224.v2_webli", 1152, 27, 14, 0, 1e-6, False, HALF),
+    "mae-b": Preset("mae", "vit_base_patch16_224.mae", 768, 12, 16, 1, 1e-12, False),
+    "dinov3-s": _dinov3("small", 384, 12),
+    "dinov3-b": _dinov3("base", 768, 12),
+    "dinov3-l": _dinov3("large", 1024, 24),
 }
 EMBEDDED = "digits-mae"
 
@@ -59,19 +61,41 @@ def resolve_encoder(
     image_size: int,
     weights: str | None = None,
     input_size: int | None = None,
+    layers: str = "last",
     offline: bool = False,
 ) -> EncoderSpec:
     """Complete an encoder's description, so that the workers need neither names nor network.
 
-    name: a preset, `digits-mae`, `timm:NAME`, or a Hugging Face folder. image_size: pixels a side of the data.
-    weights: a safetensors file to use instead of the name's own. input_size: pixels a side that the encoder sees.
+    name: a preset, `digits-mae`, `timm:NAME`, a Hugging Face folder, `pixels`, or `sdvae:FOLDER`. image_size: pixels a
+    side of the data. weights: a safetensors file to use instead of the name's own. input_size: pixels a side that the
+    encoder sees. layers: `last`, or `sum:K` for the sum of the last K blocks' tokens; `sum:1` is `last`.
     """
+    try:
+        check_layers(layers)
+    except ValueError as error:
+        raise UsageError(f"encoder {name}: layers is {layers!r}; {error}") from None
+    layers = "last" if layers == "sum:1" else layers
+    if is_baseline(name):
+        if layers != "last":
+            raise UsageError(f"encoder {name}: has no blocks to add up; leave --layers out")
+        return resolve_baseline(name, image_size=image_size, weights=weights, input_size=input_size)
+    spec, depth = _resolve_transformer(name, image_size, weights, input_size, offline)
+    if layers != "last" and int(layers.removeprefix("sum:")) > depth:
+        raise UsageError(f"encoder {name}: layers is {layers}, but it has {depth} blocks")
+    return spec.model_copy(update={"layers": layers})
+
+
+def _resolve_transformer(
+    name: str, image_size: int, weights: str | None, input_size: int | None, offline: bool
+) -> tuple[EncoderSpec, int]:
+    """The spec of a vision transformer, and how many blocks it has."""
     if name in PRESETS:
         preset = PRESETS[name]
-        return _from_preset(name, preset, f"timm/{preset.architecture}", image_size, weights, input_size, offline)
+        repository: str | None = f"timm/{preset.architecture}"
+        return _from_preset(name, preset, repository, image_size, weights, input_size, offline), preset.depth
     if name.startswith("timm:"):
         preset, repository = describe_timm(name, image_size, input_size)
-        return _from_preset(name, preset, repository, image_size, weights, input_size, offline)
+        return _from_preset(name, preset, repository, image_size, weights, input_size, offline), preset.depth
     if name == EMBEDDED:
         return _from_folder(name, DIGITS_FOLDER, image_size, weights, input_size)
     if Path(name).is_dir():
@@ -113,6 +137,7 @@ def describe_timm(name: str, image_size: int, input_size: int | None) -> tuple[P
             model = timm.create_model(architecture, img_size=side, **options)
             tokens = tuple(model.forward_features(torch.empty(1, 3, side, side)).shape)
         width, prefix, norm = int(model.embed_dim), int(model.num_prefix_tokens), model.norm
+        depth = len(model.blocks)
     # A model of another build lacks an attribute or refuses an option.
     except (AttributeError, TypeError, RuntimeError, AssertionError) as error:
         raise UsageError(f"encoder {name}: not a plain vision transformer ({error})") from error
@@ -120,7 +145,7 @@ def describe_timm(name: str, image_size: int, input_size: int | None) -> tuple[P
         raise UsageError(f"encoder {name}: not a plain vision transformer: gives {tokens} and ends in {norm}")
     published = model.pretrained_cfg
     statistics = (_triple(published["mean"]), _triple(published["std"]))
-    preset = Preset("timm", architecture, width, patch_size, prefix, norm.eps, True, statistics)
+    preset = Preset("timm", architecture, width, depth, patch_size, prefix, norm.eps, True, statistics)
     return preset, published.get("hf_hub_id")
 
 
@@ -157,13 +182,15 @@ def _from_preset(
     )
 
 
-def _from_folder(name: str, folder: Path, image_size: int, weights: str | None, input_size: int | None) -> EncoderSpec:
-    """A Hugging Face folder: shapes from its config.json, weights from its model.safetensors."""
+def _from_folder(
+    name: str, folder: Path, image_size: int, weights: str | None, input_size: int | None
+) -> tuple[EncoderSpec, int]:
+    """A Hugging Face folder: shapes from its config.json, weights from its model.safetensors. Also its depth."""
     config = read_folder_config(folder)
     side = encoder_input_size(name, image_size, config.patch_size, input_size)
     path = Path(weights) if weights else weights_in_folder(folder)
     check_safetensors(path)
-    return EncoderSpec(
+    spec = EncoderSpec(
         name=name,
         family=config.family,
         loader="folder",
@@ -180,13 +207,15 @@ def _from_folder(name: str, folder: Path, image_size: int, weights: str | None, 
         mean=config.mean,
         std=config.std,
     )
+    return spec, config.depth
 
 
 def _unknown(name: str) -> str:
     """Say what the name may have meant."""
-    names = [*PRESETS, EMBEDDED]
+    names = [*PRESETS, EMBEDDED, PIXELS]
     if os.sep in name or name.startswith("."):
-        return f"encoder {name}: no such folder; an encoder is a Hugging Face folder, timm:NAME, or {', '.join(names)}"
+        kinds = f"a Hugging Face folder, timm:NAME, {SDVAE}FOLDER, or {', '.join(names)}"
+        return f"encoder {name}: no such folder; an encoder is {kinds}"
     near = difflib.get_close_matches(name.lower(), names, n=3, cutoff=0.4)
     hint = f"did you mean {', '.join(near)}?" if near else f"known are {', '.join(names)}."
     return f"encoder {name}: unknown, and no such folder; {hint} Or give timm:NAME, or a Hugging Face folder"

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from raecli.errors import InputError
@@ -15,6 +15,7 @@ from raecli.store.atomic import sha256_of
 from raecli.store.manifest import Manifest, read_manifest
 from raecli.store.shards import TORCH_DTYPES, ShardLayout
 from raecli.store.statistics import STATISTICS, LatentStatistics, load_statistics
+from raecli.store.tensors import save_tensors
 
 INDEX = "index.safetensors"
 VIEWS = {"center": ("latent",), "center+flip": ("latent", "flip")}
@@ -28,6 +29,7 @@ class LatentCache:
 
     def __init__(self, folder: Path, manifest: Manifest, labels: Tensor, keys: list[str]) -> None:
         self.folder, self.manifest = folder, manifest
+        self.verify_at_first_use = False  # hold each shard against its digest when it is first mapped
         self.labels = labels  # int64 [N]
         self.keys = keys
         self.layout = ShardLayout(manifest.latent_shape, manifest.dtype, VIEWS[manifest.views])
@@ -67,6 +69,8 @@ class LatentCache:
     def mapped(self, shard: int) -> mmap.mmap:
         """A shard's file in memory, mapped at its first use."""
         if shard not in self.maps:
+            if self.verify_at_first_use and (problems := self.bad_shards([shard])):
+                raise damaged(self.folder, problems)
             with (self.folder / self.manifest.shards[shard].name).open("rb") as file:
                 self.maps[shard] = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         return self.maps[shard]
@@ -82,14 +86,21 @@ class LatentCache:
 
 
 def open_cache(path: str | Path) -> LatentCache:
-    """Open a latent cache; checks its manifest, its index and the size of every shard.
+    """Open a latent cache; checks its manifest, the digests of index and statistics, and the size of every shard.
 
-    Raises InputError naming every shard that is missing or of another size.
+    Raises InputError naming every file that is missing or not as it was written.
     """
+    folder = Path(path)
+    manifest = check_cache(folder)
+    return LatentCache(folder, manifest, *read_index(folder / INDEX))
+
+
+def check_cache(path: str | Path) -> Manifest:
+    """The checks of open_cache; returns the manifest."""
     folder = Path(path)
     manifest = read_manifest(folder)
     layout = ShardLayout(manifest.latent_shape, manifest.dtype, VIEWS[manifest.views])
-    problems = []
+    problems = bad_tables(folder, manifest)
     for record in manifest.shards:
         file = folder / record.name
         found = file.stat().st_size if file.is_file() else None
@@ -102,14 +113,24 @@ def open_cache(path: str | Path) -> LatentCache:
     labels, keys = read_index(folder / INDEX)
     if not len(labels) == len(keys) == manifest.samples == sum(record.samples for record in manifest.shards):
         raise InputError(f"{folder}: manifest and index count samples differently; run rae encode-cache anew")
-    return LatentCache(folder, manifest, labels, keys)
+    return manifest
+
+
+def bad_tables(folder: Path, manifest: Manifest) -> list[str]:
+    """`name: what is wrong` for index and statistics, by their digests."""
+    tables = ((INDEX, manifest.index_sha256), (STATISTICS, manifest.statistics_sha256))
+    return [
+        f"{name}: missing, or its bytes changed since it was written (sha256 differs)"
+        for name, digest in tables
+        if not (folder / name).is_file() or sha256_of(folder / name) != digest
+    ]
 
 
 def damaged(folder: Path, problems: list[str]) -> InputError:
     """The error that names every bad shard."""
     lines = "".join(f"\n  {problem}" for problem in problems)
     return InputError(
-        f"{folder}: {len(problems)} bad shards; run the same rae encode-cache again: it makes those anew{lines}"
+        f"{folder}: {len(problems)} bad files; run the same rae encode-cache again: it makes those anew{lines}"
     )
 
 
@@ -122,7 +143,7 @@ def write_index(path: Path, labels: list[int], keys: list[str]) -> None:
         "keys": torch.frombuffer(bytearray(b"".join(encoded)), dtype=torch.uint8),
         "key_ends": torch.from_numpy(ends),
     }
-    save_file(tensors, path)
+    save_tensors(tensors, path)
 
 
 def read_index(path: Path) -> tuple[Tensor, list[str]]:

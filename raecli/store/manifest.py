@@ -7,7 +7,7 @@ from typing import Any, Literal
 from pydantic import ValidationError
 
 from raecli.errors import InputError
-from raecli.recipe.blocks import Dtype, EncoderSpec
+from raecli.recipe.blocks import Dtype, EncoderSpec, Precision
 from raecli.recipe.spec import Count, Spec
 
 MANIFEST = "manifest.json"
@@ -42,6 +42,7 @@ class Manifest(Spec):
     preprocess: Literal["adm-center-crop"] = PREPROCESS
     latent_shape: tuple[int, int, int]
     dtype: Dtype
+    precision: Precision  # of the encoder
     views: Literal["center", "center+flip"]
     classes: tuple[str, ...]  # names by label; empty: the images have no classes
     samples: int
@@ -49,6 +50,8 @@ class Manifest(Spec):
     seed: int
     source_sha256: str  # of the list of image names and sizes
     shards: tuple[ShardRecord, ...]
+    index_sha256: str
+    statistics_sha256: str
     skipped: tuple[SkippedImage, ...] = ()
 
 

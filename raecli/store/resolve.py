@@ -4,7 +4,7 @@ from typing import Any
 
 from raecli.errors import InputError
 from raecli.recipe.recipes import TrainDecoderRecipe, TrainDiffusionRecipe
-from raecli.store.manifest import Manifest
+from raecli.store.manifest import Manifest, differing_fields
 
 
 def resolve_diffusion(recipe: TrainDiffusionRecipe, manifest: Manifest) -> TrainDiffusionRecipe:
@@ -14,6 +14,8 @@ def resolve_diffusion(recipe: TrainDiffusionRecipe, manifest: Manifest) -> Train
     """
     channels, side, _ = manifest.latent_shape
     classes = len(manifest.classes) if recipe.model.class_conditional else 0
+    if recipe.model.class_conditional and not classes:
+        raise InputError(f"cache {recipe.cache}: its images have no classes; set model.class_conditional=false")
     found = {"in_channels": channels, "input_size": side, "num_classes": classes}
     told = recipe.model.model_dump()
     wrong = [
@@ -38,13 +40,24 @@ def resolve_diffusion(recipe: TrainDiffusionRecipe, manifest: Manifest) -> Train
 
 
 def check_decoder(recipe: TrainDecoderRecipe, manifest: Manifest) -> TrainDecoderRecipe:
-    """Refuse a decoder whose crops its cache's encoder was not made for."""
+    """Refuse a decoder whose crops its cache's encoder was not made for, or larger than the images they come from."""
+    if manifest.encoder.has_decoder:
+        name = manifest.encoder.name
+        raise InputError(
+            f"cache {recipe.cache}: latents of {name} have a decoder already; train a diffusion model on them, and "
+            f"sample with --autoencoder {name}"
+        )
     output = manifest.encoder.tokens_side * recipe.decoder.patch_size
     if output % manifest.image_size:
         raise InputError(
             f"decoder.patch_size {recipe.decoder.patch_size} makes images of {output} pixels out of "
             f"{manifest.encoder.tokens_side} tokens a side; the cache {recipe.cache} is of {manifest.image_size} "
             "pixels: the first must be a multiple of the second"
+        )
+    if recipe.augmentation.crop == "random" and recipe.augmentation.resize < output:
+        raise InputError(
+            f"augmentation.resize: {recipe.augmentation.resize} leaves no room for the decoder's {output} pixels; the "
+            f"paper's share is {output * 3 // 2} (384 for 256)"
         )
     return recipe
 
@@ -57,4 +70,22 @@ def latents_config(manifest: Manifest) -> dict[str, Any]:
         "image_size": manifest.image_size,
         "preprocess": manifest.preprocess,
         "classes": list(manifest.classes),
+        "samples": manifest.samples,
+        "statistics_sha256": manifest.statistics_sha256,
     }
+
+
+def check_same_latents_as_before(before: dict[str, Any], now: dict[str, Any], where: str) -> None:
+    """Refuse to go on with a run on other latents than it began with.
+
+    before, now: `config["latents"]` of its checkpoint and of the cache. Raises InputError listing what differs.
+    """
+    told = [
+        {**{f"encoder.{key}": value for key, value in latents["encoder"].items()}, **latents, "encoder": None}
+        for latents in (before, now)
+    ]
+    moved = ("encoder.name:", "encoder.path:", "encoder.weights:")
+    fields = [field for field in differing_fields(*told) if not field.startswith(moved)]
+    if fields:
+        lines = "".join(f"\n  {field}" for field in fields)
+        raise InputError(f"{where}: its checkpoint is of other latents than the cache now holds{lines}")

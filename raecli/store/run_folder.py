@@ -22,7 +22,8 @@ def prepare_run(run: Path, recipe: Spec, world: int) -> None:
     Raises InputError listing the values that differ, if the folder holds another run.
     """
     path = run / "recipe.yaml"
-    if path.exists():
+    begun = any((run / "checkpoints").glob("step-*")) or (run / "final").exists()
+    if begun and path.exists():
         before, now = load_recipe(type(recipe), str(path)).to_dict(), recipe.to_dict()
         free = OPERATIONAL | ({"duration"} if now["schedule"]["kind"] == "constant" else set())
         differing = [

@@ -54,6 +54,9 @@ def begin_samples(folder: Path, protocol: dict[str, Any]) -> None:
                 lines = "".join(f"\n  {field}" for field in fields)
                 raise InputError(f"{folder}: holds samples made otherwise; choose another folder or delete it{lines}")
             return
+    foreign = sorted(path.name for path in folder.glob("[0-9]*.png"))
+    if foreign:
+        raise InputError(f"{folder}: holds {foreign[0]} and nothing that says what made it; choose another folder")
     write_json(folder / UNFINISHED, protocol)
 
 

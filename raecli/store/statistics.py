@@ -5,10 +5,11 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from raecli.errors import InputError
+from raecli.store.tensors import save_tensors
 
 STATISTICS = "statistics.safetensors"
 VARIANCE_EPS = 1e-5  # the release's, inside the square root
@@ -40,7 +41,7 @@ class LatentStatistics:
     def save(self, path: Path) -> None:
         """Write `mean` (where there is one), `variance` and `count`."""
         tensors = {"variance": self.variance, "count": torch.tensor([self.count])}
-        save_file(tensors if self.mean is None else tensors | {"mean": self.mean}, path)
+        save_tensors(tensors if self.mean is None else tensors | {"mean": self.mean}, path)
 
 
 def load_statistics(path: Path) -> LatentStatistics:
@@ -85,7 +86,9 @@ class LatentSums:
 
     def save(self, path: Path) -> None:
         """Write the sums of a shard."""
-        save_file({"total": self.total.cpu(), "squares": self.squares.cpu(), "count": torch.tensor([self.count])}, path)
+        save_tensors(
+            {"total": self.total.cpu(), "squares": self.squares.cpu(), "count": torch.tensor([self.count])}, path
+        )
 
     @classmethod
     def load(cls, path: Path) -> "LatentSums":

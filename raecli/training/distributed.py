@@ -1,9 +1,12 @@
 """Ranks: who this process is, and what it may say to the others."""
 
+import contextlib
 import os
 import warnings
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,7 +14,17 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from raecli.errors import UsageError
+from raecli.errors import ExitCode, RaeError, UsageError
+from raecli.store.atomic import storage_error
+from raecli.store.lock import hold_folder
+
+
+class ToldElsewhere(RaeError):
+    """What rank 0 has said already: this rank ends with the same exit code, without a word."""
+
+    def __init__(self, exit_code: int, message: str) -> None:
+        super().__init__(message)
+        self.exit_code = ExitCode(exit_code)
 
 
 @dataclass(frozen=True)
@@ -43,6 +56,34 @@ class Ranks:
         """True on all ranks if true on one."""
         return bool(self.sum(torch.tensor(int(flag), device=self.device)).item()) if self.world > 1 else flag
 
+    def main_first(self, work: Callable[[], Any]) -> Any:
+        """Do something on rank 0 alone; its (small) result, or its RaeError, comes to all ranks.
+
+        So that what a user got wrong ends all ranks together, and is told once.
+        """
+        result, failure = None, None
+        if self.is_main:
+            try:
+                result = work()
+            except OSError as error:
+                failure = storage_error(error)
+            except RaeError as error:
+                failure = error
+        verdict = (result, None) if failure is None else (None, (int(failure.exit_code), str(failure)))
+        result, told = self.gather(verdict)[0]
+        if failure is not None:
+            raise failure
+        if told is not None:
+            raise ToldElsewhere(*told)
+        return result
+
+    @contextlib.contextmanager
+    def holding(self, folder: Path) -> Iterator[None]:
+        """Hold a folder for this job: rank 0 has the lock, all ranks fail if it cannot be had."""
+        with contextlib.ExitStack() as stack:
+            self.main_first(lambda: stack.enter_context(hold_folder(folder)))
+            yield
+
     def gather(self, value: Any) -> list[Any]:
         """Small Python values of all ranks, in rank order, on every rank."""
         if self.world == 1:
@@ -56,7 +97,10 @@ def join_ranks(timeout_seconds: float) -> Ranks:
     """Join the job that torchrun's environment tells of. gloo on a CPU, nccl on GPUs."""
     rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     device = torch.device("cpu")
+    torch.backends.cudnn.allow_tf32 = False  # on by default: --precision fp32 says fp32, and bf16 has autocast
     if torch.cuda.is_available():
+        if world > 1 and "LOCAL_RANK" not in os.environ:
+            raise UsageError("WORLD_SIZE is above 1 and LOCAL_RANK is not set: which GPU is this rank's?")
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
         torch.cuda.set_device(device)
     if world > 1:

@@ -18,6 +18,12 @@ def make_optimizer(
     return torch.optim.AdamW(parameters, lr=learning_rate, betas=betas, weight_decay=weight_decay, fused=True)
 
 
+def optimizer_of(model: nn.Module, recipe: TrainingRecipe) -> torch.optim.AdamW:
+    """AdamW as the recipe tells."""
+    spec = recipe.optimizer
+    return make_optimizer(model, learning_rate=spec.learning_rate, betas=spec.betas, weight_decay=spec.weight_decay)
+
+
 def learning_rate(
     step: int,
     *,

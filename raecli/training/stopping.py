@@ -1,4 +1,4 @@
-"""Asked to stop: TERM, INT and USR1 raise a flag; the loop saves at the end of a step, the same on all ranks."""
+"""Asked to stop: TERM, INT, HUP and USR1 raise a flag; the loop saves at the end of a step, the same on all ranks."""
 
 import os
 import signal
@@ -13,7 +13,7 @@ class StopRequest:
 
     def __init__(self, ranks: Ranks) -> None:
         self.ranks, self.signal = ranks, 0
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP):
             signal.signal(number, self.note)
 
     def note(self, number: int, frame: types.FrameType | None) -> None:

@@ -1,7 +1,9 @@
 """`rae encode-cache` from outside: whole, restartable, the same for any ranks, and clear about bad input."""
 
 import json
+import os
 import shutil
+import signal
 
 import numpy as np
 import pytest
@@ -11,10 +13,11 @@ import webdataset
 import raecli
 from raecli.data.images import open_images
 from raecli.data.preprocess import center_crop, decode_rgb
+from raecli.errors import InputError
 from raecli.models.build import encoder_of
 from raecli.store.manifest import read_manifest
 from tests.conftest import make_images, tree
-from tests.e2e.faults import kill_group_at, start
+from tests.e2e.faults import kill_group_at, start, wait_for
 
 ENCODE = ("encode-cache", "--encoder", "digits-mae", "--image-size", "32")
 
@@ -80,6 +83,27 @@ def test_a_flipped_bit_is_found_and_the_same_command_mends_it(tmp_path, rae, ima
     assert tree(tmp_path / "cache") == tree(cache)
     shard.unlink()
     assert "shard-000001.tar: missing" in rae(*recipe, code=3).stderr
+
+
+@pytest.mark.parametrize("name", ["index.safetensors", "statistics.safetensors"])
+def test_index_and_statistics_are_watched_and_mended_too(tmp_path, rae, images, cache, name):
+    shutil.copytree(cache, tmp_path / "cache")
+    data = bytearray((tmp_path / "cache" / name).read_bytes())
+    data[-2] ^= 64
+    (tmp_path / "cache" / name).write_bytes(data)
+    with pytest.raises(InputError, match=name):
+        raecli.open_cache(tmp_path / "cache")
+    rae(*ENCODE, images, "cache", "--views", "center+flip", "--dtype", "fp32", "--samples-per-shard", "10")
+    assert tree(tmp_path / "cache") == tree(cache)
+
+
+def test_interrupted_by_int_it_says_so_without_a_traceback(tmp_path):
+    source = make_images(tmp_path / "images", classes=4, each=60, side=90)
+    process = start(*ENCODE, source, "cache", "--samples-per-shard", "8", "--batch-size", "4", cwd=tmp_path)
+    wait_for(process, lambda: list((tmp_path / "cache").glob("shard-*.json")))
+    os.killpg(process.pid, signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130 and "Traceback" not in err and "interrupted" in err
 
 
 def test_another_cache_in_the_folder_is_refused_with_the_fields_that_differ(tmp_path, rae, images, cache):

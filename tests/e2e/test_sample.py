@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 
 import raecli
+from raecli.store.statistics import LatentStatistics, load_statistics
 from tests.conftest import TINY_DECODER, TINY_DIFFUSION, run_command, tree
 from tests.e2e.faults import kill_group_at, start
 
@@ -99,6 +100,29 @@ def test_killed_and_run_again_the_images_are_the_same_and_only_the_missing_are_m
     assert "steps: found 5, expected 6" in result.stderr
 
 
+def test_a_decoder_of_another_cache_decodes_by_the_models_own_statistics(tmp_path, rae, trained):
+    shutil.copytree(trained / "decoder" / "final", tmp_path / "decoder")
+    statistics = load_statistics(tmp_path / "decoder" / "statistics.safetensors")
+    LatentStatistics(statistics.mean + 3, statistics.variance * 9, 5).save(
+        tmp_path / "decoder" / "statistics.safetensors"
+    )
+    arguments = ("--num", "4", "--steps", "3")
+    rae("sample", trained / "model", "own", "--autoencoder", trained / "decoder", *arguments)
+    rae("sample", trained / "model", "other", "--autoencoder", "decoder", *arguments)
+    assert pictures(tmp_path / "own") == pictures(tmp_path / "other")
+
+
+def test_an_npz_run_again_is_left_alone_and_foreign_images_are_refused(tmp_path, rae, trained):
+    rae(*sample(trained, "out", "--num", "6", "--format", "npz"))
+    made = (tmp_path / "out" / "samples.npz").stat().st_mtime_ns
+    rae(*sample(trained, "out", "--num", "6", "--format", "npz"))
+    assert (tmp_path / "out" / "samples.npz").stat().st_mtime_ns == made
+    assert pictures(tmp_path / "out") == {}
+    (tmp_path / "foreign").mkdir()
+    Image.new("RGB", (32, 32)).save(tmp_path / "foreign" / "000000.png")
+    assert "nothing that says what made it" in rae(*sample(trained, "foreign", "--num", "6"), code=3).stderr
+
+
 def test_guidance_solver_and_grid_reach_the_images(tmp_path, rae, trained):
     base = sample(trained, "base", "--num", "4")
     rae(*base)
@@ -172,3 +196,5 @@ def test_unconditional_training_and_sampling(tmp_path, rae, cache, trained):
     )
     rae("sample", "free", "out", "--autoencoder", trained / "decoder", "--num", "4", "--steps", "3")
     assert set(json.loads((tmp_path / "out" / "samples.json").read_text())["labels"]) == {0}
+    guided = ("sample", "free", "guided", "--autoencoder", trained / "decoder", "--guidance-scale", "2")
+    assert "no classes to guide by" in rae(*guided, code=2).stderr

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import time
 from pathlib import Path
@@ -56,7 +57,7 @@ def test_killed_and_resumed_equals_unbroken_to_the_byte(tmp_path, rae, cache):
 
 def test_two_processes_equal_one_with_or_without_accumulation(tmp_path, rae, cache):
     rae(*diffusion(cache, "one", 20))
-    rae(*diffusion(cache, "two", 20, "micro_batch_size=2"), "--devices", "2")
+    rae(*diffusion(cache, "two", 20, "micro_batch_size=3"), "--devices", "2")
     one, two = (load_file(tmp_path / name / "final" / "model.safetensors") for name in ("one", "two"))
     assert one.keys() == two.keys()
     for name in one:  # sums in another order, 20 steps of AdamW; 1e-5 is promised
@@ -65,9 +66,51 @@ def test_two_processes_equal_one_with_or_without_accumulation(tmp_path, rae, cac
     assert any(parameter.abs().max() > 1e-3 for parameter in moved.final.parameters())  # it did train
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 75), (signal.SIGINT, 130)])
+def test_killed_while_it_writes_a_checkpoint_two_ranks_go_on_with_the_same_order(tmp_path, rae, cache):
+    broken = tmp_path / "broken"
+    often = ("save_every=1 steps", "log_every=7")
+    process = start(*diffusion(cache, "broken", 60, *often), cwd=tmp_path)
+    kill_group_at(process, lambda: len(checkpoints(broken)) == 2 and list(broken.rglob(".partial-*")))
+    rae(*diffusion(cache, "broken", 60, *often), "--devices", "2")
+    rae(*diffusion(cache, "whole", 60, *often))
+    assert not list(broken.rglob(".partial-*"))
+    ours, theirs = (load_file(run / "final" / "model.safetensors") for run in (broken, tmp_path / "whole"))
+    for name in ours:  # one rank, then two: the order of samples and draws is the same, sums are in another order
+        torch.testing.assert_close(ours[name], theirs[name], atol=1e-4, rtol=0)
+
+
+def test_a_cache_that_changed_under_a_run_is_refused(tmp_path, rae, images, cache):
+    shutil.copytree(cache, tmp_path / "cache")
+    rae(*diffusion("cache", "run", 5))
+    shutil.rmtree(tmp_path / "cache")
+    encoder = Path(__file__).parents[1] / "parity" / "vectors" / "vit_mae"
+    rae("encode-cache", "--encoder", encoder, "--image-size", "32", "--dtype", "fp32", images, "cache")
+    result = rae(*diffusion("cache", "run", 5), code=3)
+    assert "run" in result.stderr and ("weights_sha256" in result.stderr or "in_channels" in result.stderr)
+
+
+def test_a_finished_model_is_not_trained_anew_because_its_checkpoints_were_deleted(tmp_path, rae, cache):
+    rae(*diffusion(cache, "run", 5))
+    before = weights(tmp_path / "run")
+    rae(*diffusion(cache, "run", 5))  # a finished run may be run again
+    assert weights(tmp_path / "run") == before
+    shutil.rmtree(tmp_path / "run" / "checkpoints")
+    assert "delete final/" in rae(*diffusion(cache, "run", 5), code=4).stderr
+    assert (tmp_path / "run" / "final" / "model.safetensors").exists()
+
+
+def test_a_stalled_rank_ends_the_job_inside_the_timeout(tmp_path, cache):
+    process = start(*diffusion(cache, "run", 100000), "--devices", "2", "--timeout", "5", cwd=tmp_path)
+    wait_for(process, lambda: (tmp_path / "run" / "metrics.jsonl").exists())
+    os.kill(rank_of(process.pid, 1), signal.SIGSTOP)
+    _, err = process.communicate(timeout=100)
+    assert process.returncode == 7, err
+    assert "stalled" in err and "Traceback" not in err
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 75), (signal.SIGINT, 130), (signal.SIGHUP, 75)])
 def test_a_signal_saves_and_the_same_command_goes_on(tmp_path, rae, cache, number, code):
-    more = ("save_every=100000 steps",)
+    more = ("save_every=100000 steps", "schedule.kind=constant", "schedule.final_learning_rate=null")
     process = start(*diffusion(cache, "run", 100000, *more), cwd=tmp_path)
     wait_for(
         process,
@@ -81,6 +124,12 @@ def test_a_signal_saves_and_the_same_command_goes_on(tmp_path, rae, cache, numbe
     assert len(saved) == 1
     step = int(saved[0].removeprefix("step-"))
     assert 0 < step < 100000
+    if number == signal.SIGTERM:  # a constant rate: the run may be made shorter to see it end
+        result = rae(*diffusion(cache, "run", step + 3, *more))
+        assert f"resuming run at step {step}" in result.stderr
+        rae(*diffusion(cache, "whole", step + 3, *more))
+        ours, theirs = weights(tmp_path / "run"), weights(tmp_path / "whole")
+        assert ours["model.safetensors"] == theirs["model.safetensors"]
 
 
 def test_workers_end_with_their_launcher(tmp_path, cache):
@@ -94,6 +143,12 @@ def test_workers_end_with_their_launcher(tmp_path, cache):
     while time.monotonic() < until and any(is_alive(pid) for pid in children):
         time.sleep(0.05)
     assert not any(is_alive(pid) for pid in children)
+
+
+def rank_of(launcher: int, rank: int) -> int:
+    """The process of a rank."""
+    variables = {pid: Path(f"/proc/{pid}/environ").read_bytes().split(b"\0") for pid in children_of(launcher)}
+    return next(pid for pid, told in variables.items() if f"RANK={rank}".encode() in told)
 
 
 def children_of(pid: int) -> list[int]:
@@ -112,9 +167,7 @@ def is_alive(pid: int) -> bool:
 def test_a_killed_rank_ends_the_job_and_is_named(tmp_path, cache):
     process = start(*diffusion(cache, "run", 100000), "--devices", "2", cwd=tmp_path)
     wait_for(process, lambda: (tmp_path / "run" / "metrics.jsonl").exists())
-    variables = {pid: Path(f"/proc/{pid}/environ").read_bytes().split(b"\0") for pid in children_of(process.pid)}
-    victim = next(pid for pid, told in variables.items() if b"RANK=1" in told)
-    os.kill(victim, signal.SIGKILL)
+    os.kill(rank_of(process.pid, 1), signal.SIGKILL)
     _, err = process.communicate(timeout=60)
     assert process.returncode == 7, err
     assert "rank 1" in err and "SIGKILL" in err

@@ -8,6 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from raecli.models.build import ENCODER_FIELDS
 from raecli.models.encoder import Encoder, build_encoder
 from raecli.store.encoders import resolve_encoder
 
@@ -20,7 +21,7 @@ TOLERANCE = 1e-5
 def encoder_of(folder: Path, image_size: int) -> Encoder:
     """The folder's encoder, by the way that a user's goes."""
     spec = resolve_encoder(str(folder), image_size=image_size)
-    return build_encoder(**spec.model_dump(exclude={"name", "weights_sha256", "layers"}))
+    return build_encoder(**spec.model_dump(include=set(ENCODER_FIELDS)))
 
 
 def assert_same_latents(folder: Path, vector: dict[str, torch.Tensor]) -> None:

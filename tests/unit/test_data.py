@@ -149,6 +149,32 @@ def test_broken_tars_are_refused(tmp_path):
         open_images(tmp_path)
 
 
+def test_two_images_of_one_key_in_a_tar_are_refused(tmp_path):
+    image = encoded(Image.new("RGB", (8, 8)))
+    write_tar(tmp_path / "a.tar", {"0.png": image, "0.seg.png": image, "0.cls": b"1"})
+    with pytest.raises(InputError, match=r"0\.png and 0\.seg\.png have one key"):
+        open_images(tmp_path)
+
+
+def test_linked_class_folders_are_classes_too_and_loops_end(tmp_path, images):
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "x.png").write_bytes(encoded(Image.new("L", (4, 4))))
+    (tmp_path / "b").symlink_to(images / "class0")
+    (tmp_path / "a" / "loop").symlink_to(tmp_path)
+    (tmp_path / ".hidden").mkdir()
+    (tmp_path / ".hidden" / "y.png").write_bytes(b"")
+    source = open_images(tmp_path)
+    assert source.classes == ("a", "b") and len(source.items) == 9
+
+
+def test_an_image_that_vanished_is_a_bad_image(tmp_path):
+    (tmp_path / "a.png").write_bytes(encoded(Image.new("L", (4, 4))))
+    item = open_images(tmp_path).items[0]
+    (tmp_path / "a.png").unlink()
+    with pytest.raises(InputError, match=r"a\.png: not a readable file"):
+        item.read()
+
+
 def test_the_fingerprint_of_a_source_knows_names_sizes_and_labels(images, tmp_path):
     from tests.conftest import make_images
 

@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from raecli.errors import CheckpointError
+from raecli.models.build import ENCODER_FIELDS
 from raecli.models.encoder import Encoder, build_encoder, make_timm_backbone
 from raecli.recipe.blocks import EncoderSpec
 from raecli.store.encoders import PRESETS, resolve_encoder
@@ -21,7 +22,7 @@ VECTORS = Path(__file__).parents[1] / "parity" / "vectors"
 
 def build(spec: EncoderSpec, **changes: object) -> Encoder:
     """An encoder of a spec, some of its values changed."""
-    return build_encoder(**spec.model_dump(exclude={"name", "weights_sha256", "layers"}) | changes)
+    return build_encoder(**spec.model_dump(include=set(ENCODER_FIELDS)) | changes)
 
 
 @pytest.fixture(scope="module")
@@ -51,6 +52,7 @@ def test_preset_table_is_what_timm_builds(name):
         tokens = model.forward_features(torch.empty(2, 3, side, side))
     assert isinstance(model.norm, nn.LayerNorm)
     assert tokens.shape == (2, preset.prefix_tokens + 256, preset.width)
+    assert len(model.blocks) == preset.depth
     assert model.patch_embed.patch_size == (preset.patch_size, preset.patch_size)
     assert (model.pretrained_cfg["mean"], model.pretrained_cfg["std"]) == preset.statistics
     assert model.pretrained_cfg["hf_hub_id"] == f"timm/{preset.architecture}"

@@ -138,6 +138,17 @@ def test_heun_is_second_order_and_euler_first():
     assert errors["heun"][0] / errors["heun"][1] == pytest.approx(4, rel=0.2)
 
 
+def test_the_ends_of_the_interval_are_inside_whatever_their_rounding(points):
+    noisy, labels = torch.randn(1, 2, 2, 2), torch.zeros(1, dtype=torch.long)
+    for end in (0.1, 0.3, 0.7, 0.9):  # in float32 some lie above, some below
+        for interval in ((end, 1.0), (0.0, end)):
+            guide = PointMass(points.flip(0))
+            guided_velocity(PointMass(points), scale=2.0, interval=interval, guide=guide)(
+                noisy, torch.tensor([end]), labels
+            )
+            assert guide.calls == 1, (end, interval)
+
+
 def test_guidance_of_scale_one_is_the_model_itself(points):
     model = PointMass(points)
     assert guided_velocity(model, scale=1.0, null_label=1) is model

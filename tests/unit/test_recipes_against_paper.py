@@ -31,10 +31,26 @@ PARAMETERS = {
     "decoder_l_dinov2b": 304_150_272,
     "decoder_xl_dinov2b": 415_352_704,
 }
+# Of the baselines, whose input is another; the paper's Table 18 counts 675M for DiT-XL on SD-VAE. Pixels have
+# 3 x 16 x 16 = 768 numbers a token, so their models have DINOv2-B's count.
+BASELINE_PARAMETERS = {
+    "dit_s_sdvae": 33_071_504,
+    "dit_xl_sdvae": 675_515_024,
+    "dith_xl_sdvae": 834_728_548,
+    "dit_xl_pixels": 677_248_384,
+    "dith_xl_pixels": 838_675_796,
+}
+# Another grid of tokens, or larger patches of pixels.
+DECODER_512_PARAMETERS = {"decoder_xl_dinov2b_512": 416_237_440, "decoder_xl_dinov2b_upsample": 418_009_216}
 # App. F: "All models are trained for 80 epochs unless otherwise specified"; Table 7: 800; Sec. 5.1: 400 at 512 pixels.
 EPOCHS = {"dith_xl": 800, "dith_xl_512": 400}
 DITH = ["dith_s", "dith_b", "dith_l", "dith_xl", "dith_xl_512"]
 DIT = ["dit_s", "dit_b", "dit_l", "dit_xl"]
+DITH_BASELINES = ["dith_xl_sdvae", "dith_xl_pixels"]
+DIT_BASELINES = ["dit_s_sdvae", "dit_xl_sdvae", "dit_xl_pixels"]
+BASELINES = [*DITH_BASELINES, *DIT_BASELINES]
+# App. F: patches of 2 and 16; latents [C, H, W] of 256-pixel images.
+BASELINE_LATENTS = {"sdvae": (2, (4, 32, 32)), "pixels": (16, (3, 256, 256))}
 # The encoder of each decoder's cache, and the rFID in print: without noise (Table 1), with tau .8 (Table 14).
 DECODER_RECIPES = {
     "decoder_b_dinov2b": ("dinov2b", "0.58", None),
@@ -45,7 +61,13 @@ DECODER_RECIPES = {
     "decoder_xl_siglip2b": ("siglip2b", "0.53", "0.82"),
     "decoder_xl_maeb": ("maeb", "0.16", "0.28"),
 }
-# Unguided and guided gFID: Sec. 5.1, Tables 5, 7 and 8; and Table 2's for DiT-S. The others are not in print.
+# Table 9, output of 512 pixels: the cache, tokens a side, pixels a token, rFID (and gFID).
+DECODER_512_RECIPES = {
+    "decoder_xl_dinov2b_512": ("imagenet512-dinov2b", 32, 16, ["0.53"]),
+    "decoder_xl_dinov2b_upsample": ("imagenet256-dinov2b", 16, 32, ["0.97", "1.61"]),
+}
+# Unguided and guided gFID: Sec. 5.1, Tables 5, 7 and 8; Table 2's for DiT-S; Tables 2, 10 and 11 for the baselines. The
+# others are not in print.
 GFID = {
     "dith_s": ["6.07"],
     "dith_b": ["3.38"],
@@ -53,9 +75,14 @@ GFID = {
     "dith_xl_512": ["1.13"],
     "dit_s": ["215.76"],
     "dit_xl": ["4.28"],
+    "dit_s_sdvae": ["51.74"],
+    "dit_xl_sdvae": ["7.13"],
+    "dith_xl_sdvae": ["11.70"],
+    "dit_xl_pixels": ["51.09"],
+    "dith_xl_pixels": ["30.56"],
 }
 DIGITS = [f"digits/{name}" for name in ("decoder", "diffusion", "diffusion_dh", "diffusion_fast", "diffusion_narrow")]
-ALL = sorted([*DITH, *DIT, *DECODER_RECIPES, *DIGITS])
+ALL = sorted([*DITH, *DIT, *BASELINES, *DECODER_RECIPES, *DECODER_512_RECIPES, *DIGITS])
 RESOLVED = ["model.in_channels=768", "model.input_size=16", "model.num_classes=1000"]
 
 
@@ -76,9 +103,9 @@ def trained(module):
     return sum(parameter.numel() for parameter in module.parameters() if parameter.requires_grad)
 
 
-def test_the_shipped_recipes_are_these_twenty_one():
+def test_the_shipped_recipes_are_these_twenty_eight():
     assert sorted(shipped_files()) == ALL
-    assert len(ALL) == 21
+    assert len(ALL) == 28
 
 
 @pytest.mark.parametrize("name", ALL)
@@ -109,7 +136,23 @@ def test_diffusion_sizes_are_those_of_table_13(name):
     assert model.patch_size == 1  # App. F
 
 
-@pytest.mark.parametrize("name", [*DITH, *DIT])
+@pytest.mark.parametrize("name", BASELINES)
+def test_a_baseline_has_256_tokens_of_its_own_latents_and_the_sizes_of_table_13(name):
+    recipe = diffusion(name)
+    model, kind = recipe.model, name.rpartition("_")[2]
+    patch, shape = BASELINE_LATENTS[kind]
+    assert (model.width, model.heads, model.depth) == TABLE_13[size_of(name)]
+    head = HEAD if name in DITH_BASELINES else (None, None, None)
+    assert (model.head_width, model.head_heads, model.head_depth) == head
+    assert (model.patch_size, model.in_channels, model.input_size) == (patch, shape[0], shape[1])
+    assert (shape[1] // patch) ** 2 == 256
+    assert recipe.cache == f"latents/imagenet256-{kind}"
+    # Against a cache of that shape the shift is by all its dimensions: none for SD-VAE, DINOv2-B's for pixels.
+    flow = diffusion(name, [f"flow.time_shift_dim={shape[0] * shape[1] * shape[2]}"]).flow
+    assert flow.time_shift == pytest.approx({"sdvae": 1.0, "pixels": 48**0.5}[kind], rel=1e-12)
+
+
+@pytest.mark.parametrize("name", [*DITH, *DIT, *BASELINES])
 def test_diffusion_optimisation_is_that_of_appendix_f(name):
     recipe = diffusion(name)
     assert recipe.optimizer.learning_rate == 2e-4
@@ -117,14 +160,13 @@ def test_diffusion_optimisation_is_that_of_appendix_f(name):
     assert recipe.optimizer.weight_decay == 0
     assert recipe.batch_size == 1024
     assert recipe.duration == f"{EPOCHS.get(name, 80)} epochs"
-    assert recipe.ema_decay == (0.9995 if name in DITH else 0.9999)
+    with_head = name in [*DITH, *DITH_BASELINES]
+    assert recipe.ema_decay == (0.9995 if with_head else 0.9999)
     assert not recipe.ema_ramp
-    assert recipe.optimizer.clip_norm == (1.0 if name in DITH else None)  # the release's
+    assert recipe.optimizer.clip_norm == (1.0 if with_head else None)  # the release's
     schedule = recipe.schedule
     told = (schedule.kind, schedule.warmup, schedule.hold, schedule.final_learning_rate)
-    assert told == (
-        ("linear", "0 steps", "40 epochs", 2e-5) if name in DITH else ("constant", "0 steps", "0 steps", None)
-    )
+    assert told == (("linear", "0 steps", "40 epochs", 2e-5) if with_head else ("constant", "0 steps", "0 steps", None))
 
 
 @pytest.mark.parametrize("name", [*DITH, *DIT])
@@ -156,7 +198,22 @@ def test_decoder_sizes_and_caches_are_those_of_table_1(name):
     assert set(re.findall(r"\d\.\d\d", recipe.paper)) == {clean, noisy} - {None}
 
 
-@pytest.mark.parametrize("name", sorted(DECODER_RECIPES))
+@pytest.mark.parametrize("name", sorted(DECODER_512_RECIPES))
+def test_decoders_to_512_pixels_are_those_of_table_9(name):
+    recipe = decoder(name)
+    cache, side, patch, figures = DECODER_512_RECIPES[name]
+    size = recipe.decoder
+    assert (size.width, size.heads, size.depth, size.mlp_width) == DECODERS["xl"]
+    assert (recipe.cache, size.patch_size, side * patch) == (f"latents/{cache}", patch, 512)
+    assert re.findall(r"\d\.\d\d", recipe.paper) == figures
+    with torch.device("meta"):
+        module = Decoder(in_channels=768, tokens_side=side, **size.model_dump())
+    count = trained(module) + (side**2 + 1) * size.width  # with the fixed positions, as the release counts
+    assert count == DECODER_512_PARAMETERS[name]
+    assert f"{count:,}" in shipped_files()[name].read_text()
+
+
+@pytest.mark.parametrize("name", sorted([*DECODER_RECIPES, *DECODER_512_RECIPES]))
 def test_decoder_training_is_that_of_table_12_and_appendix_e2(name):
     recipe = decoder(name)
     optimizer, schedule = recipe.optimizer, recipe.schedule
@@ -170,7 +227,8 @@ def test_decoder_training_is_that_of_table_12_and_appendix_e2(name):
     )
     assert (recipe.duration, recipe.batch_size, recipe.ema_decay) == ("16 epochs", 512, 0.9978)
     augmentation = recipe.augmentation
-    assert (augmentation.resize, augmentation.crop, augmentation.horizontal_flip) == (384, "random", False)
+    resize = 768 if name in DECODER_512_RECIPES else 384  # to crops of 512: the same share
+    assert (augmentation.resize, augmentation.crop, augmentation.horizontal_flip) == (resize, "random", False)
     assert (recipe.noise_tau, recipe.noise_sigma) == (0.8, "halfnormal")
     assert (recipe.loss.l1_weight, recipe.loss.perceptual, recipe.loss.perceptual_weight) == (1.0, "lpips", 1.0)
 
@@ -183,6 +241,15 @@ def test_a_diffusion_recipes_model_has_the_released_number_of_parameters(name):
     # Fixed in the release and counted there: sin-cos positions of 256 tokens, and 256 frequencies of time.
     assert trained(module) + 256 * model.width + 256 == PARAMETERS[name]
     assert f"{PARAMETERS[name]:,}" in shipped_files()[name].read_text()
+
+
+@pytest.mark.parametrize("name", BASELINES)
+def test_a_baselines_model_has_the_told_number_of_parameters(name):
+    model = diffusion(name, ["model.num_classes=1000"]).model
+    with torch.device("meta"):
+        module = diffusion_of(model)
+    assert trained(module) + 256 * model.width + 256 == BASELINE_PARAMETERS[name]
+    assert f"{BASELINE_PARAMETERS[name]:,}" in shipped_files()[name].read_text()
 
 
 @pytest.mark.parametrize("name", sorted(name for name in PARAMETERS if name.startswith("decoder")))

@@ -2,6 +2,9 @@
 
 import io
 import json
+import os
+import subprocess
+import sys
 import tarfile
 
 import numpy as np
@@ -28,6 +31,7 @@ from raecli.store.samples import begin_samples, by_label, finish_samples, image_
 from raecli.store.shards import TORCH_DTYPES, ShardLayout, ShardWriter
 from raecli.store.statistics import LatentStatistics, LatentSums
 from raecli.training.optimizer import make_optimizer
+from tests.conftest import environment
 
 
 def test_a_failed_write_leaves_what_was_there(tmp_path):
@@ -42,14 +46,41 @@ def test_a_failed_write_leaves_what_was_there(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["a.json"]
 
 
-def test_scratch_of_dead_processes_is_swept_and_of_living_ones_is_not(tmp_path):
-    import os
-
-    dead, alive = tmp_path / ".partial-99999999-x", tmp_path / f".partial-{os.getpid()}-x"
-    dead.mkdir()
-    alive.write_text("")
+def test_what_dead_processes_left_is_swept_even_if_it_has_our_number(tmp_path):
+    (tmp_path / ".partial-99999999-x").mkdir()
+    (tmp_path / f".partial-{os.getpid()}-x").write_text("")  # numbers repeat in containers
+    (tmp_path / "kept").write_text("")
     sweep_scratch(tmp_path)
-    assert not dead.exists() and alive.exists()
+    assert [path.name for path in tmp_path.iterdir()] == ["kept"]
+    scratch = tmp_path / f".partial-{os.getpid()}-folder"
+    scratch.mkdir()
+    (scratch / "old").write_text("")
+    with atomic_folder(tmp_path / "folder") as fresh:
+        (fresh / "new").write_text("")
+    assert [path.name for path in (tmp_path / "folder").iterdir()] == ["new"]
+
+
+def test_folders_are_replaced_whole_and_can_be_entered_by_others(tmp_path):
+    for name in ("a", "b"):
+        with atomic_folder(tmp_path / "folder") as scratch:
+            (scratch / "sub").mkdir()
+            (scratch / "sub" / name).write_text(name)
+    assert [path.name for path in (tmp_path / "folder" / "sub").iterdir()] == ["b"]
+    assert (tmp_path / "folder" / "sub").stat().st_mode & 0o111  # a folder without x is closed to all but root
+    assert [path.name for path in tmp_path.iterdir()] == ["folder"]
+
+
+def test_a_disk_that_refuses_is_told_with_path_and_bytes(tmp_path):
+    code = (
+        "import resource, sys, torch; from pathlib import Path; from raecli.store.tensors import save_tensors\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))\n"
+        "import signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        "try: save_tensors({'w': torch.zeros(9999)}, Path(sys.argv[1]))\n"
+        "except Exception as error: print(type(error).__name__, error)\n"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path / "x.safetensors")]
+    told = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=60).stdout
+    assert told.startswith("StorageError") and "x.safetensors" in told and "39996 bytes" in told
 
 
 def test_a_folder_has_one_writer(tmp_path):
@@ -196,6 +227,10 @@ def test_a_bad_newest_checkpoint_is_named_and_the_one_before_is_used(tmp_path, t
         file.unlink()
     assert newest_checkpoint(tmp_path).step == 1
     assert "warning" in capsys.readouterr().err
+    save(tmp_path, 2, *trained)  # trained again up to the bad one: it is replaced
+    assert newest_checkpoint(tmp_path).step == 2
+    assert capsys.readouterr().err == ""
+    (newest / "model.safetensors").unlink()
     (tmp_path / "checkpoints" / "step-0000001" / "ema.safetensors").unlink()
     with pytest.raises(CheckpointError, match="none of its 2 checkpoints"):  # never silently from step 0
         newest_checkpoint(tmp_path)

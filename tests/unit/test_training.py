@@ -80,11 +80,18 @@ def test_workers_ends_become_exit_codes():
     killed = error_of_workers({1: -9})
     assert killed.exit_code == ExitCode.WORKER and "rank 1" in str(killed) and "SIGKILL" in str(killed)
     assert error_of_workers({0: 1}).exit_code == ExitCode.BUG
+    assert error_of_workers({0: 1, 1: -9}).exit_code == ExitCode.WORKER  # what a kill did to rank 0
+    assert "rank 1 was lost or stalled" in str(error_of_workers({0: 7, 1: -9}))
+    stalled = error_of_workers({0: 7})
+    assert stalled.exit_code == ExitCode.WORKER and "stalled" in str(stalled)
 
 
 def test_signals_become_exit_codes():
-    assert error_of_signal(signal.SIGINT).exit_code == ExitCode.INTERRUPTED
-    assert error_of_signal(signal.SIGTERM).exit_code == error_of_signal(signal.SIGUSR1).exit_code == ExitCode.PREEMPTED
+    saved = {0: 75, 1: 75}
+    assert error_of_signal(signal.SIGINT, {0: 130}).exit_code == ExitCode.INTERRUPTED
+    assert error_of_signal(signal.SIGTERM, saved).exit_code == ExitCode.PREEMPTED
+    assert error_of_signal(signal.SIGUSR1, {}).exit_code == ExitCode.PREEMPTED
+    assert error_of_signal(signal.SIGTERM, {0: 75, 1: 6}).exit_code == ExitCode.STORAGE  # that save failed: say so
 
 
 def test_a_torchrun_or_srun_around_us_is_joined():
@@ -92,8 +99,10 @@ def test_a_torchrun_or_srun_around_us_is_joined():
     torchrun = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "MASTER_ADDR": "a", "MASTER_PORT": "1"}
     assert joined_environment(torchrun) == {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1"}
     srun = {"SLURM_PROCID": "3", "SLURM_STEP_NUM_TASKS": "4", "SLURM_LOCALID": "1", "SLURM_JOB_ID": "77"}
-    joined = joined_environment(srun | {"SLURM_LAUNCH_NODE_IPADDR": "node0"})
-    assert joined["RANK"] == "3" and joined["WORLD_SIZE"] == "4" and joined["MASTER_ADDR"] == "node0"
+    joined = joined_environment(srun | {"SLURM_STEP_NODELIST": "gpu[03-05,9],login1"})
+    assert joined["RANK"] == "3" and joined["WORLD_SIZE"] == "4" and joined["MASTER_ADDR"] == "gpu03"
+    other_step = joined_environment(srun | {"SLURM_STEP_NODELIST": "n1,n2", "SLURM_STEP_ID": "1"})
+    assert other_step["MASTER_ADDR"] == "n1" and other_step["MASTER_PORT"] != joined["MASTER_PORT"]
     assert joined_environment(srun | {"SLURM_STEP_NUM_TASKS": "1"}) is None  # a shell inside a job
 
 
@@ -103,7 +112,7 @@ def test_a_torchrun_or_srun_around_us_is_joined():
         {"RANK": "0"},
         {"RANK": "x", "WORLD_SIZE": "2", "MASTER_ADDR": "a", "MASTER_PORT": "1"},
         {"RANK": "2", "WORLD_SIZE": "2", "MASTER_ADDR": "a", "MASTER_PORT": "1"},
-        {"SLURM_PROCID": "x", "SLURM_STEP_NUM_TASKS": "2", "SLURM_LAUNCH_NODE_IPADDR": "n"},
+        {"SLURM_PROCID": "x", "SLURM_STEP_NUM_TASKS": "2", "SLURM_STEP_NODELIST": "n"},
         {"SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "2"},
     ],
 )

@@ -1,0 +1,79 @@
+"""What a conversion writes: a file or a folder that is complete or absent, and never in place of another unasked."""
+
+import contextlib
+import glob
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from raecli.convert.settings import Request
+from raecli.errors import UsageError
+from raecli.store.atomic import SCRATCH, atomic_file, atomic_folder, sha256_of, write_json
+from raecli.store.checkpoint import CONFIG, MODEL, contiguous
+from raecli.store.statistics import STATISTICS, LatentStatistics
+from raecli.store.tensors import save_tensors
+
+
+def refuse_existing(path: Path, force: bool) -> None:
+    """UsageError if something lies where the output goes, and it was not said to replace it."""
+    if path.exists() and not force:
+        raise UsageError(f"{path} is there already; give another name, or --force to replace it")
+
+
+def begin(path: Path, force: bool) -> None:
+    """Make way for an output: its parent folder is there, and what a killed conversion to it left is gone.
+
+    The folder may be shared with other work, so the scratch of nobody else is touched.
+    """
+    refuse_existing(path, force)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    for left in path.parent.glob(f"{SCRATCH}*-{glob.escape(path.name)}"):
+        process = left.name.removeprefix(SCRATCH).partition("-")[0]
+        if process.isdigit() and not Path(f"/proc/{process}").exists():
+            shutil.rmtree(left) if left.is_dir() else left.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def new_folder(path: Path, force: bool) -> Iterator[Path]:
+    """Yield a scratch folder that becomes `path`; one that was there is removed when the new one is whole."""
+    begin(path, force)
+    if path.is_file():
+        raise UsageError(f"{path} is a file; the output is a folder")
+    with atomic_folder(path) as scratch:
+        yield scratch
+
+
+@contextlib.contextmanager
+def new_file(path: Path, force: bool) -> Iterator[Path]:
+    """Yield a scratch file that becomes `path`."""
+    begin(path, force)
+    if path.is_dir():
+        raise UsageError(f"{path} is a folder; the output is one file")
+    with atomic_file(path) as scratch:
+        yield scratch
+
+
+def finish_artifact(
+    scratch: Path,
+    *,
+    weights: dict[str, Tensor],
+    statistics: LatentStatistics | None,
+    config: dict[str, Any],
+    card: str,
+) -> None:
+    """Weights, statistics and card of an artifact, and last its configuration with their digests."""
+    save_tensors(contiguous(weights), scratch / MODEL)
+    if statistics is not None:
+        statistics.save(scratch / STATISTICS)
+    (scratch / "README.md").write_text(card, encoding="utf-8")
+    files = [name for name in (MODEL, STATISTICS) if (scratch / name).is_file()]
+    write_json(scratch / CONFIG, config | {"sha256": {name: sha256_of(scratch / name) for name in files}})
+
+
+def provenance(request: Request, path: Path, entry: str, layout: str) -> dict[str, Any]:
+    """Where converted weights came from: the layout, the repository if known, the file's name and digest."""
+    told = {"from": layout, "repository": request.repository, "file": path.name}
+    return told | {"sha256": sha256_of(path), "weights": entry}

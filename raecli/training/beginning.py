@@ -1,0 +1,50 @@
+"""How a training run begins or goes on: rank 0 looks, all ranks do as it found."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from raecli.errors import CheckpointError
+from raecli.recipe.recipes import TrainingRecipe
+from raecli.store.atomic import sweep_scratch
+from raecli.store.checkpoint import CONFIG, Checkpoint, newest_checkpoint, read_checkpoint
+from raecli.store.resolve import check_same_latents_as_before
+from raecli.store.run_folder import prepare_run
+from raecli.training.distributed import Ranks
+
+
+def begin_run(recipe: TrainingRecipe, latents: dict[str, Any], total_steps: int, ranks: Ranks) -> Checkpoint | None:
+    """Prepare the run's folder; the checkpoint to go on from, the same on every rank, or None for a fresh start.
+
+    latents: `config["latents"]` of the cache as it is now. Raises, on all ranks together, what is wrong: another
+    recipe or cache than before, checkpoints that cannot be used.
+    """
+    run, found = Path(recipe.output), None
+
+    def look() -> str | None:
+        nonlocal found
+        for folder in (run, run / "checkpoints"):
+            sweep_scratch(folder)
+        prepare_run(run, recipe, ranks.world)
+        found = newest_checkpoint(run)
+        if found is None:
+            check_nothing_is_lost(run, total_steps)
+            return None
+        check_same_latents_as_before(found.config["latents"], latents, str(run))
+        print(f"resuming {run} at step {found.step}", file=sys.stderr)
+        return str(found.path)
+
+    path = ranks.main_first(look)
+    return found or (read_checkpoint(Path(path)) if path else None)
+
+
+def check_nothing_is_lost(run: Path, total_steps: int) -> None:
+    """Refuse to train a finished model anew because its checkpoints were deleted."""
+    config = run / "final" / CONFIG
+    if total_steps and config.is_file():
+        step = json.loads(config.read_text(encoding="utf-8")).get("step")
+        raise CheckpointError(
+            f"{run}: final/ holds a model of step {step}, and there is no checkpoint to go on from; delete final/ to "
+            "train from the start, or give output=ANOTHER_FOLDER"
+        )
