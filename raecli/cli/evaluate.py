@@ -5,9 +5,10 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from raecli.cli.options import DevicesOpt, DryRunOpt, JsonOpt
+from raecli.cli.options import DevicesOpt, DryRunOpt, JsonOpt, NnodesOpt, NodeRankOpt, RdzvOpt
 
 if TYPE_CHECKING:
+    from raecli.launch import LaunchOptions
     from raecli.recipe.recipes import EvaluateRecipe
 
 COLLECTIVE_SECONDS = 3600.0  # ranks meet once a set of images; slices are equal, disks may not be
@@ -46,6 +47,9 @@ def fid(
     as_json: JsonOpt = False,
     out: OutOpt = None,
     devices: DevicesOpt = None,
+    nnodes: NnodesOpt = 1,
+    node_rank: NodeRankOpt = 0,
+    rdzv: RdzvOpt = None,
     dry_run: DryRunOpt = False,
 ) -> None:
     """Frechet distance between samples and a reference (FID).
@@ -58,6 +62,7 @@ def fid(
     rae eval fid samples/ --ref test/ --features judge.safetensors
     """
     from raecli.errors import UsageError
+    from raecli.launch import LaunchOptions
     from raecli.metrics.inception_file import find_inception
     from raecli.recipe.recipes import EvaluateRecipe
 
@@ -79,7 +84,7 @@ def fid(
         output=out,
         print_json=as_json,
     )
-    launch(recipe, devices, dry_run)
+    launch(recipe, LaunchOptions(devices, nnodes, node_rank, rdzv, COLLECTIVE_SECONDS), dry_run)
 
 
 @app.command("accuracy")
@@ -90,6 +95,9 @@ def accuracy(
     as_json: JsonOpt = False,
     out: OutOpt = None,
     devices: DevicesOpt = None,
+    nnodes: NnodesOpt = 1,
+    node_rank: NodeRankOpt = 0,
+    rdzv: RdzvOpt = None,
     dry_run: DryRunOpt = False,
 ) -> None:
     """Share of samples that a classifier takes for the class asked for, as a whole and class by class.
@@ -99,6 +107,7 @@ def accuracy(
     \b
     rae eval accuracy samples/ --classifier judge.safetensors
     """
+    from raecli.launch import LaunchOptions
     from raecli.recipe.recipes import EvaluateRecipe
 
     require_paths(samples, classifier)
@@ -111,7 +120,7 @@ def accuracy(
         output=out,
         print_json=as_json,
     )
-    launch(recipe, devices, dry_run)
+    launch(recipe, LaunchOptions(devices, nnodes, node_rank, rdzv, COLLECTIVE_SECONDS), dry_run)
 
 
 def require_paths(*paths: str) -> None:
@@ -123,11 +132,11 @@ def require_paths(*paths: str) -> None:
             raise InputError(f"{path}: no such file or folder")
 
 
-def launch(recipe: "EvaluateRecipe", devices: int | None, dry_run: bool) -> None:
-    """Start the stage on this machine's devices."""
+def launch(recipe: "EvaluateRecipe", options: "LaunchOptions", dry_run: bool) -> None:
+    """Start the stage."""
     from raecli.errors import UsageError
-    from raecli.launch import LaunchOptions, start
+    from raecli.launch import start
 
     if recipe.output is not None and not Path(recipe.output).absolute().parent.is_dir():
         raise UsageError(f"--out {recipe.output}: no such folder to write in; make it first")
-    start("eval", recipe, LaunchOptions(devices=devices, timeout_seconds=COLLECTIVE_SECONDS), dry_run=dry_run)
+    start("eval", recipe, options, dry_run=dry_run)

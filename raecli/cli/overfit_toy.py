@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from raecli.cli.options import DevicesOpt, DryRunOpt, JsonOpt
+from raecli.cli.options import DevicesOpt, DryRunOpt, JsonOpt, NnodesOpt, NodeRankOpt, RdzvOpt
 from raecli.errors import UsageError
 
 if TYPE_CHECKING:
@@ -104,6 +104,9 @@ def overfit_toy(
     ] = "runs/toy",
     as_json: JsonOpt = False,
     devices: DevicesOpt = None,
+    nnodes: NnodesOpt = 1,
+    node_rank: NodeRankOpt = 0,
+    rdzv: RdzvOpt = None,
     dry_run: DryRunOpt = False,
 ) -> None:
     """Show that a transformer narrower than a token cannot fit even one image (Theorem 1).
@@ -135,7 +138,7 @@ def overfit_toy(
     given = {"widths": widths, "depths": depths, "channels": channels, "steps": steps}
     recipe = build_recipe(values | {name: value for name, value in given.items() if value is not None})
     print(f"preset {chosen.value}, {why}; {expected_time(recipe)}", file=sys.stderr)
-    launch = LaunchOptions(devices=devices, timeout_seconds=COLLECTIVE_SECONDS)
+    launch = LaunchOptions(devices, nnodes, node_rank, rdzv, COLLECTIVE_SECONDS)
     start("overfit_toy", recipe, launch, dry_run=dry_run)
 
 

@@ -56,8 +56,9 @@ def test_killed_and_resumed_equals_unbroken_to_the_byte(tmp_path, rae, cache):
 
 
 def test_two_processes_equal_one_with_or_without_accumulation(tmp_path, rae, cache):
-    rae(*diffusion(cache, "one", 20))
-    rae(*diffusion(cache, "two", 20, "micro_batch_size=3"), "--devices", "2")
+    demo = ("train-diffusion", "digits/diffusion", f"cache={cache}", "duration=20 steps")  # its own sizes and rate
+    rae(*demo, "output=one")
+    rae(*demo, "output=two", "micro_batch_size=20", "--devices", "2")  # 32 a rank: 20 and 12
     one, two = (load_file(tmp_path / name / "final" / "model.safetensors") for name in ("one", "two"))
     assert one.keys() == two.keys()
     for name in one:  # sums in another order, 20 steps of AdamW; 1e-5 is promised
