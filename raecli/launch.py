@@ -1,5 +1,6 @@
 """Start a stage on its processes with torchrun's own engine, in this process; or join a torchrun already there."""
 
+import math
 import os
 import re
 import shlex
@@ -62,7 +63,9 @@ def check_options(launch: LaunchOptions) -> None:
         raise UsageError(f"--node-rank is {launch.node_rank}, --nnodes is {launch.nnodes}; ranks are 0 to nnodes - 1")
     if launch.nnodes > 1 and not launch.rdzv:
         raise UsageError("--nnodes above 1 needs --rdzv HOST:PORT, the address of node 0")
-    if launch.rdzv and not launch.rdzv.rpartition(":")[2].isdigit():
+    if not (math.isfinite(launch.timeout_seconds) and 0 < launch.timeout_seconds <= 1e7):
+        raise UsageError(f"--timeout is {launch.timeout_seconds}; it is a number of seconds, at most 1e7")
+    if launch.rdzv and not re.fullmatch(r"[^:]+:[0-9]{1,5}", launch.rdzv):
         raise UsageError(f"--rdzv is {launch.rdzv!r}; it reads HOST:PORT")
 
 
@@ -111,7 +114,7 @@ def first_host(nodes: str) -> str:
 def checked_ranks(joined: dict[str, str]) -> dict[str, str]:
     """Refuse junk in the variables that say who we are."""
     for name, value in joined.items():
-        if not value.isdigit():
+        if not (value.isdecimal() and value.isascii()):
             raise UsageError(
                 f"the environment has {name}={value!r}, which is no number; unset it, or start with torchrun"
             )

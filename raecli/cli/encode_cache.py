@@ -23,7 +23,7 @@ def encode_cache(
     ],
     weights: Annotated[str | None, typer.Option("--weights", help="The encoder's safetensors, if not cached.")] = None,
     image_size: Annotated[
-        int | None, typer.Option("--image-size", help="Pixels a side [default: 256, digits 32].")
+        int | None, typer.Option("--image-size", help="Pixels a side [default: 256, digits 32].", min=1)
     ] = None,
     input_size: Annotated[int | None, typer.Option("--input-size", help="Pixels a side the encoder sees.")] = None,
     layers: Annotated[str, typer.Option(help="last; or sum:K, the sum of the last K blocks.")] = "last",
@@ -54,7 +54,7 @@ def encode_cache(
 
     if not Path(source).exists():
         raise InputError(f"{source}: no such folder of images (class folders, a flat folder, or WebDataset tars)")
-    size = image_size or (32 if encoder == EMBEDDED else 256)
+    size = image_size if image_size is not None else (32 if encoder == EMBEDDED else 256)
     spec = resolve_encoder(encoder, image_size=size, weights=weights, input_size=input_size, layers=layers)
     recipe = recipe_from_options(
         EncodeCacheRecipe,

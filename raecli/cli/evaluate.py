@@ -130,6 +130,8 @@ def require_paths(*paths: str) -> None:
     for path in paths:
         if not Path(path).exists():
             raise InputError(f"{path}: no such file or folder")
+        if (Path(path) / "unfinished.json").exists():
+            raise InputError(f"{path}: its samples are not all made yet; run the same rae sample again")
 
 
 def launch(recipe: "EvaluateRecipe", options: "LaunchOptions", dry_run: bool) -> None:

@@ -50,7 +50,7 @@ def sample(
     numbers = None
     if classes is not None:
         parts = classes.split(",")
-        if not all(part.strip().isdigit() for part in parts):
+        if not all(part.strip().isdecimal() and part.isascii() for part in parts):
             raise UsageError(f"--classes is {classes!r}; it reads like 3,7,9")
         numbers = tuple(int(part) for part in parts)
     recipe = recipe_from_options(

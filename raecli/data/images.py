@@ -51,12 +51,17 @@ class ImageSource:
 def open_images(source: str | Path) -> ImageSource:
     """List a source. Raises InputError if it is missing or holds no image."""
     path = Path(source)
+    if not str(source):
+        raise InputError("the name of the images' folder is empty")
     if path.is_file() and path.suffix == ".tar":
         return tar_source(path, [path])
     if not path.is_dir():
         raise InputError(f"{path}: no such folder of images (class folders, a flat folder, or WebDataset tars)")
-    tars = sorted(path.glob("*.tar"))
+    tars = sorted(file for file in path.glob("*.tar") if file.is_file())
     result = tar_source(path, tars) if tars else folder_source(path)
+    unsayable = [item.name for item in result.items if not is_utf8(item.name)]
+    if unsayable:
+        raise InputError(f"{path}: {unsayable[0]!r} is no UTF-8 name, which a manifest could not hold; rename it")
     if not result.items:
         raise InputError(
             f"{path}: no images in it; known endings: {', '.join(sorted(EXTENSIONS))}, or .tar files of them"
@@ -78,6 +83,11 @@ def folder_source(path: Path) -> ImageSource:
         for name, file in zip(names, files, strict=True)
     )
     return ImageSource(path, items, classes)
+
+
+def is_utf8(name: str) -> bool:
+    """Whether a file's name is text."""
+    return "\udcff" not in name and name.encode("utf-8", "ignore").decode() == name
 
 
 def files_below(root: Path) -> Iterator[Path]:
@@ -126,8 +136,13 @@ def scan_tar(tar: Path) -> tuple[dict[str, tarfile.TarInfo], dict[str, int]]:
                     images[key] = member
                 elif ending == "cls":
                     labels[key] = label_of(archive, member, tar)
+            end = archive.offset
     except tarfile.TarError as error:
         raise InputError(f"{tar}: not a readable tar: {error}") from None
+    with tar.open("rb") as file:
+        file.seek(end)
+        if file.read(512) != bytes(512):  # tarfile stops quietly at a damaged header, or at a cut between members
+            raise InputError(f"{tar}: damaged or cut off at byte {end}: no end of archive there; copy the file again")
     cut = [member.name for member in images.values() if member.offset_data + member.size > tar.stat().st_size]
     if cut:
         raise InputError(f"{tar}: cut off inside {cut[0]}; copy the file again")
@@ -138,8 +153,8 @@ def label_of(archive: tarfile.TarFile, member: tarfile.TarInfo, tar: Path) -> in
     """A .cls member's number."""
     file = archive.extractfile(member)
     text = file.read(20).decode("ascii", "replace").strip() if file else ""
-    if not text.isdigit():
-        raise InputError(f"{tar}: {member.name} holds {text!r}, not a class number")
+    if not (text.isdecimal() and text.isascii() and len(text) <= 7):
+        raise InputError(f"{tar}: {member.name} holds {text!r}, not a class number below 10 million")
     return int(text)
 
 

@@ -25,6 +25,7 @@ UNREADABLE = (
     KeyError,
     OSError,
     OverflowError,
+    RuntimeError,
     SyntaxError,
     TypeError,
     ValueError,

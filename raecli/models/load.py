@@ -48,10 +48,11 @@ def read_artifact(path: str | Path, kind: str) -> tuple[Path, dict[str, Any], di
         digests = (
             json.loads((folder / STATE).read_text(encoding="utf-8"))["sha256"] if is_checkpoint else config["sha256"]
         )
-        if sha256_of(folder / name) != digests[name]:
-            raise CheckpointError(f"{folder / name}: its bytes changed since it was written; copy it again")
+        for file in {name, *({STATISTICS} & digests.keys())}:
+            if sha256_of(folder / file) != digests[file]:
+                raise CheckpointError(f"{folder / file}: its bytes changed since it was written; copy it again")
         return folder, config, load_file(folder / name)
-    except (OSError, ValueError, KeyError, AttributeError, SafetensorError) as error:
+    except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError, SafetensorError) as error:
         raise CheckpointError(f"{folder}: not a whole artifact: {error}") from None
 
 

@@ -4,7 +4,7 @@ import math
 import re
 from typing import Annotated, Literal, Self
 
-from pydantic import AfterValidator, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
 from raecli.recipe.spec import Count, Duration, NonNegative, Positive, Probability, Spec
 
@@ -71,6 +71,13 @@ class DecoderSpec(Spec):
     mlp_width: Count
     patch_size: Count  # p_d; pixels a side per token. Unequal to the encoder's share: decoder upsampling, Table 9
 
+    @model_validator(mode="after")
+    def check_width(self) -> Self:
+        """Heads share the width; the positions' sines and cosines of rows and columns take it in fours."""
+        if self.width % self.heads or self.width % 4:
+            raise ValueError(f"width {self.width} is to be a multiple of heads {self.heads} and of 4")
+        return self
+
 
 class DiffusionModelSpec(Spec):
     """DiT, or DiT with a wide shallow DDT head. Sec. 5, Table 13."""
@@ -83,7 +90,7 @@ class DiffusionModelSpec(Spec):
     head_depth: Count | None = None
     head_heads: Count | None = None
     patch_size: Count = 1
-    mlp_ratio: Positive = 4.0
+    mlp_ratio: float = Field(default=4.0, ge=0.25, le=64.0)
     in_channels: Count | None = None  # None: the cache's
     input_size: Count | None = None  # latent side; None: the cache's
     class_conditional: bool = True  # False: the null label alone, App. K
@@ -137,6 +144,13 @@ class OptimizerSpec(Spec):
     betas: tuple[Probability, Probability]
     weight_decay: NonNegative = 0.0
     clip_norm: Positive | None = None  # None: gradients are not clipped
+
+    @model_validator(mode="after")
+    def check_betas(self) -> Self:
+        """Averages that forget nothing are none."""
+        if max(self.betas) >= 1:
+            raise ValueError("betas are below 1")
+        return self
 
 
 class ScheduleSpec(Spec):

@@ -94,7 +94,7 @@ class SampleRecipe(Spec):
     model: str
     autoencoder: str
     output: str
-    num: Count
+    num: int = Field(ge=1, le=100_000_000)
     seed: int = 0
     steps: Count = 50
     solver: Literal["euler", "heun"] = "euler"

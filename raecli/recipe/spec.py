@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
-DURATION = re.compile(r"([1-9][0-9]*|0|[0-9]*\.[0-9]+) (epochs?|steps?)")
+DURATION = re.compile(r"([1-9][0-9]{0,11}|0|[0-9]{0,9}\.[0-9]{1,9}) (epochs?|steps?)")
 
 
 class Spec(BaseModel):
@@ -27,9 +27,9 @@ def check_duration(text: str) -> str:
 
 
 Duration = Annotated[str, AfterValidator(check_duration)]
-Probability = Annotated[float, Field(ge=0.0, le=1.0)]
-Positive = Annotated[float, Field(gt=0.0)]
-NonNegative = Annotated[float, Field(ge=0.0)]
+Probability = Annotated[float, Field(ge=0.0, le=1.0, allow_inf_nan=False)]
+Positive = Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
+NonNegative = Annotated[float, Field(ge=0.0, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=1)]
 
 

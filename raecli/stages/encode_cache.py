@@ -19,7 +19,7 @@ from raecli.data.feed import ahead, pooled
 from raecli.data.images import ImageItem, ImageSource, open_images, unique_keys
 from raecli.data.order import permutation
 from raecli.data.preprocess import center_crop, decode_rgb
-from raecli.errors import InputError, NonFiniteError, StorageError
+from raecli.errors import InputError, NonFiniteError, StorageError, UsageError
 from raecli.models.build import FrozenEncoder, encoder_of
 from raecli.recipe.recipes import EncodeCacheRecipe
 from raecli.store.atomic import atomic_file, sha256_of, sweep_scratch, write_json
@@ -99,6 +99,8 @@ def finish(job: Job, finished: Manifest | None, made: list[int]) -> None:
 
 def make_job(recipe: EncodeCacheRecipe) -> Job:
     """List the images and fix their order."""
+    if Path(recipe.output).resolve() == Path(recipe.source).resolve():
+        raise UsageError(f"{recipe.output}: is the images' own folder; choose another one for the latents")
     source = open_images(recipe.source)
     encoder = recipe.encoder
     layout = ShardLayout(encoder.latent_shape, recipe.dtype, VIEWS[recipe.views])
@@ -162,7 +164,10 @@ def is_finished(job: Job, shard: int, manifest: Manifest | None) -> bool:
         return file.is_file() and file.stat().st_size == record.bytes and sha256_of(file) == record.sha256
     if not (job.record_file(shard).is_file() and job.sums_file(shard).is_file() and file.is_file()):
         return False
-    return file.stat().st_size == json.loads(job.record_file(shard).read_text(encoding="utf-8"))["bytes"]
+    try:
+        return sha256_of(file) == json.loads(job.record_file(shard).read_text(encoding="utf-8"))["sha256"]
+    except (ValueError, KeyError, TypeError):  # a damaged record: the shard is made anew
+        return False
 
 
 @torch.inference_mode()

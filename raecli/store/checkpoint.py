@@ -11,7 +11,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from raecli.errors import CheckpointError
+from raecli.errors import CheckpointError, NonFiniteError
 from raecli.store.atomic import atomic_folder, remove_folder, sha256_of, write_json
 from raecli.store.statistics import STATISTICS, LatentStatistics
 from raecli.store.tensors import save_tensors
@@ -41,6 +41,16 @@ class Checkpoint:
 def contiguous(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """Tensors as safetensors stores them: on the CPU, dense, no two sharing memory."""
     return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+
+
+def check_finite(tensors: dict[str, Tensor], run: Path) -> None:
+    """Refuse to save weights that are no numbers: a finite gradient and too high a rate can make them."""
+    bad = [name for name, tensor in tensors.items() if tensor.is_floating_point() and not tensor.isfinite().all()]
+    if bad:
+        raise NonFiniteError(
+            f"{run}: {len(bad)} weights are NaN or infinite after this step ({', '.join(bad[:3])}, ...), so they are "
+            "not saved; lower the learning rate and run again"
+        )
 
 
 def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
@@ -77,6 +87,7 @@ def save_checkpoint(
     """Write `checkpoints/step-0000100/` of a run, then drop all but the newest `keep`."""
     folder = run / "checkpoints" / f"step-{step:07d}"
     folder.parent.mkdir(parents=True, exist_ok=True)
+    check_finite(model | ema, run)
     with atomic_folder(folder) as scratch:  # one that is there was found bad: it is replaced
         save_tensors(contiguous(model), scratch / MODEL)
         save_tensors(contiguous(ema), scratch / EMA)
@@ -106,7 +117,7 @@ def read_checkpoint(folder: Path) -> Checkpoint:
         config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
         tensors = [load_file(folder / name) for name in (MODEL, EMA, OPTIMIZER)]
         return Checkpoint(folder, int(state["step"]), state, config, *tensors)
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, SafetensorError) as error:
         raise CheckpointError(f"{folder}: not a whole checkpoint: {error}") from None
 
 
@@ -133,6 +144,7 @@ def save_final(
     folder = run / "final"
     if is_final_of(folder, config):
         return folder
+    check_finite(weights, run)
     with atomic_folder(folder) as scratch:
         save_tensors(contiguous(weights), scratch / MODEL)
         statistics.save(scratch / STATISTICS)

@@ -67,7 +67,7 @@ def read_manifest(cache: str | Path) -> Manifest:
         )
     try:
         return Manifest.model_validate(tuples(json.loads(path.read_text(encoding="utf-8"))))
-    except (ValueError, UnicodeDecodeError) as error:
+    except (ValueError, UnicodeDecodeError, RecursionError) as error:
         raise InputError(f"{path}: not a manifest that this version reads: {reason(error)}") from None
 
 

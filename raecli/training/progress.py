@@ -16,7 +16,7 @@ class Progress:
         self.done = self.first = done
         self.started = self.told = time.monotonic()
         self.bar, self.note = None, ""
-        if shown and sys.stderr.isatty():
+        if shown and sys.stderr and sys.stderr.isatty():
             self.bar = tqdm(
                 total=total, initial=done, unit=unit.rstrip("s"), desc=label, file=sys.stderr, dynamic_ncols=True
             )

@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 
 import raecli
+from raecli.store.atomic import sha256_of
 from raecli.store.statistics import LatentStatistics, load_statistics
 from tests.conftest import TINY_DECODER, TINY_DIFFUSION, run_command, tree
 from tests.e2e.faults import kill_group_at, start
@@ -103,9 +104,11 @@ def test_killed_and_run_again_the_images_are_the_same_and_only_the_missing_are_m
 def test_a_decoder_of_another_cache_decodes_by_the_models_own_statistics(tmp_path, rae, trained):
     shutil.copytree(trained / "decoder" / "final", tmp_path / "decoder")
     statistics = load_statistics(tmp_path / "decoder" / "statistics.safetensors")
-    LatentStatistics(statistics.mean + 3, statistics.variance * 9, 5).save(
-        tmp_path / "decoder" / "statistics.safetensors"
-    )
+    file, card = tmp_path / "decoder" / "statistics.safetensors", tmp_path / "decoder" / "config.json"
+    LatentStatistics(statistics.mean + 3, statistics.variance * 9, 5).save(file)
+    config = json.loads(card.read_text())
+    config["sha256"]["statistics.safetensors"] = sha256_of(file)
+    card.write_text(json.dumps(config))
     arguments = ("--num", "4", "--steps", "3")
     rae("sample", trained / "model", "own", "--autoencoder", trained / "decoder", *arguments)
     rae("sample", trained / "model", "other", "--autoencoder", "decoder", *arguments)

@@ -149,6 +149,21 @@ def test_broken_tars_are_refused(tmp_path):
         open_images(tmp_path)
 
 
+@pytest.mark.parametrize("damage", ["cut between members", "flipped header"])
+def test_a_tar_that_ends_too_early_is_refused(tmp_path, damage):
+    image = encoded(Image.new("RGB", (8, 8)))
+    write_tar(tmp_path / "a.tar", {f"{index}.png": image for index in range(4)})
+    data = bytearray((tmp_path / "a.tar").read_bytes())
+    member = 512 + -(-len(image) // 512) * 512
+    if damage == "flipped header":
+        data[2 * member + 3] ^= 1
+    else:
+        data = data[: 2 * member]
+    (tmp_path / "a.tar").write_bytes(data)
+    with pytest.raises(InputError, match="end of archive"):
+        open_images(tmp_path)
+
+
 def test_two_images_of_one_key_in_a_tar_are_refused(tmp_path):
     image = encoded(Image.new("RGB", (8, 8)))
     write_tar(tmp_path / "a.tar", {"0.png": image, "0.seg.png": image, "0.cls": b"1"})
