@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The whole of rae on real images, offline, on a CPU: every verb on scikit-learn's handwritten digits.
-# About 8 minutes on two cores after the installation; --fast: about 5, half the diffusion steps.
+# About 6 minutes on two cores after the installation; --fast: half the diffusion steps.
 # Ends with runs/digits/picture.png and runs/digits/report.json. Run again, it goes on where it was stopped.
 set -euo pipefail
 source "$(dirname "$0")/setup.sh" demo
