@@ -2,7 +2,6 @@
 
 import json
 import sys
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -11,39 +10,31 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from raecli.errors import CheckpointError, InputError, NonFiniteError, UsageError
+from raecli.errors import InputError, NonFiniteError, UsageError
+from raecli.evaluation.moments import measured_moments, rank_batches
+from raecli.evaluation.networks import (
+    INCEPTION,
+    FeatureNetwork,
+    applied,
+    classifier_network,
+    encoder_network,
+    inception_network,
+    rgb_classifier,
+)
 from raecli.metrics.frechet import frechet_distance
-from raecli.metrics.inception import LAYER_WIDTHS, full_float32, load_inception
-from raecli.metrics.inception_file import find_inception
 from raecli.metrics.reference import (
     ImageSet,
     holds_images,
-    image_batches,
     locate_source,
     open_images,
     rank_slice,
     read_card,
 )
-from raecli.metrics.statistics import FeatureStatistics, Moments, load_moments, merge_in_order
-from raecli.models.build import encoder_of
-from raecli.models.classifier import Classifier, load_classifier
+from raecli.metrics.statistics import Moments, load_moments
+from raecli.models.classifier import Classifier
 from raecli.recipe.recipes import EvaluateRecipe
 from raecli.store.atomic import sha256_of, write_json
-from raecli.store.encoders import resolve_encoder
 from raecli.training.distributed import Ranks
-from raecli.training.progress import Progress
-
-INCEPTION = "inception-v3-compat"  # torch-fidelity's name of it
-POOL = "pool"  # the layer whose features FID compares: one vector an image
-
-
-@dataclass(frozen=True)
-class FeatureNetwork:
-    """A frozen network: `extract` maps uint8 images [B, 3, H, W] to features [B, D], by the layer's name."""
-
-    extract: Callable[[Tensor], dict[str, Tensor]]
-    width: int  # D of the pooled layer
-    description: dict[str, Any]  # plain JSON values; name and sha256 say whether two sets of statistics may be compared
 
 
 @dataclass(frozen=True)
@@ -118,70 +109,6 @@ def feature_network(recipe: EvaluateRecipe, samples: Side, reference: Side, devi
     return encoder_network(recipe.features, images, device)
 
 
-def inception_network(path: str | None, device: torch.device) -> FeatureNetwork:
-    """Inception's pool_3, as ADM's evaluator has it."""
-    found = find_inception(path)
-    description = {
-        "name": INCEPTION,
-        "file": str(found.path),
-        "sha256": found.sha256,
-        "published_weights": found.published,
-        "width": LAYER_WIDTHS[POOL],
-        "resize": "to 299 x 299 as TensorFlow 1: bilinear, corners aligned, no antialias; then (x - 128) / 128",
-        "precision": "float32, TF32 and autocast off",
-    }
-    return FeatureNetwork(load_inception(found.path, (POOL,)).to(device), LAYER_WIDTHS[POOL], description)
-
-
-def classifier_network(path: Path, device: torch.device) -> FeatureNetwork:
-    """What a classifier's class scores are linear in."""
-    classifier = rgb_classifier(path).to(device)
-    side, width = classifier.image_size, classifier.config["feature_width"]
-    description = {
-        "name": "classifier",
-        "file": str(path),
-        "sha256": sha256_of(path),
-        "width": width,
-        "resize": f"to {side} x {side}, bilinear with antialias, where images have another size",
-        "precision": "float32, TF32 and autocast off",
-    }
-    return FeatureNetwork(lambda images: {POOL: applied(classifier.features, images)}, width, description)
-
-
-def encoder_network(name: str, images: ImageSet, device: torch.device) -> FeatureNetwork:
-    """A representation encoder's tokens, averaged over the image."""
-    if images.size[0] != images.size[1]:
-        raise InputError(
-            f"{images.path}: {images.size[1]} x {images.size[0]} pixels; encoder {name} needs square images"
-        )
-    spec = resolve_encoder(name, image_size=images.size[0])
-    encoder = encoder_of(spec).to(device)
-    description = {
-        "name": f"{spec.name}, tokens averaged",
-        "file": spec.weights,
-        "sha256": spec.weights_sha256,
-        "width": spec.width,
-        "resize": f"to {spec.input_size} x {spec.input_size}, bicubic, no antialias, where images have another size",
-        "precision": "float32, TF32 and autocast off",
-    }
-    return FeatureNetwork(lambda batch: {POOL: applied(encoder, batch).flatten(2).mean(2)}, spec.width, description)
-
-
-def rgb_classifier(path: Path) -> Classifier:
-    """A classifier of colour images: samples are always read as RGB."""
-    classifier = load_classifier(path)
-    if classifier.config["channels"] != 3:
-        raise CheckpointError(f"{path}: takes {classifier.config['channels']} channels; samples are read as RGB, of 3")
-    return classifier
-
-
-@torch.no_grad()
-def applied(network: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
-    """A network's answer to uint8 images [B, 3, H, W], shown to it as float in [0, 1]."""
-    with full_float32(images.device):
-        return network(images.float() / 255)
-
-
 def fitted_moments(
     side: Side, network: FeatureNetwork, recipe: EvaluateRecipe, ranks: Ranks, label: str
 ) -> tuple[Moments, str]:
@@ -206,33 +133,6 @@ def is_of(stored: Moments, network: FeatureNetwork) -> bool:
     told = network_of(stored)
     same = all(told[key] == network.description[key] for key in ("name", "sha256") if key in told)
     return same and len(stored.mean) == network.width
-
-
-def measured_moments(images: ImageSet, network: FeatureNetwork, batch_size: int, ranks: Ranks, label: str) -> Moments:
-    """Pass every image through the network once, each rank its slice; every rank gets the whole's Gaussian."""
-    statistics = FeatureStatistics(network.width, ranks.device)
-    for names, batch in rank_batches(images, batch_size, ranks, label):
-        statistics.update(network.extract(batch)[POOL], names)
-    merged = merge_in_order(states_of_ranks(statistics, ranks))
-    return merged.moments({"features": network.description, "images": str(images.path)})
-
-
-def rank_batches(images: ImageSet, batch_size: int, ranks: Ranks, label: str) -> Iterator[tuple[list[str], Tensor]]:
-    """This rank's share of the images, on its device, with progress on stderr."""
-    start, stop = rank_slice(len(images), ranks.rank, ranks.world)
-    progress = Progress(stop - start, "images", label, shown=ranks.is_main)
-    for names, batch in image_batches(images, start, stop, batch_size):
-        yield names, batch.to(ranks.device)
-        progress.advance(len(names))
-    progress.close()
-
-
-def states_of_ranks(statistics: FeatureStatistics, ranks: Ranks) -> Iterator[FeatureStatistics]:
-    """Every rank's statistics, in rank order, one at a time: a sum with the others' zeros is exact."""
-    own = statistics.packed()
-    for rank in range(ranks.world):
-        packed = own.clone() if rank == ranks.rank else torch.zeros_like(own)
-        yield FeatureStatistics.unpacked(ranks.sum(packed), statistics.mean.numel())
 
 
 def to_device(moments: Moments, ranks: Ranks) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,94 @@
+"""Frozen networks that images are compared in: Inception, a classifier of the user's, a representation encoder."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from raecli.errors import CheckpointError, InputError
+from raecli.metrics.inception import LAYER_WIDTHS, full_float32, load_inception
+from raecli.metrics.inception_file import find_inception
+from raecli.metrics.reference import ImageSet
+from raecli.models.build import encoder_of
+from raecli.models.classifier import Classifier, load_classifier
+from raecli.store.atomic import sha256_of
+from raecli.store.encoders import resolve_encoder
+
+INCEPTION = "inception-v3-compat"  # torch-fidelity's name of it
+POOL = "pool"  # the layer whose features FID compares: one vector an image
+
+
+@dataclass(frozen=True)
+class FeatureNetwork:
+    """A frozen network: `extract` maps uint8 images [B, 3, H, W] to features [B, D], by the layer's name."""
+
+    extract: Callable[[Tensor], dict[str, Tensor]]
+    width: int  # D of the pooled layer
+    description: dict[str, Any]  # plain JSON values; name and sha256 say whether two sets of statistics may be compared
+
+
+def inception_network(path: str | None, device: torch.device) -> FeatureNetwork:
+    """Inception's pool_3, as ADM's evaluator has it."""
+    found = find_inception(path)
+    description = {
+        "name": INCEPTION,
+        "file": str(found.path),
+        "sha256": found.sha256,
+        "published_weights": found.published,
+        "width": LAYER_WIDTHS[POOL],
+        "resize": "to 299 x 299 as TensorFlow 1: bilinear, corners aligned, no antialias; then (x - 128) / 128",
+        "precision": "float32, TF32 and autocast off",
+    }
+    return FeatureNetwork(load_inception(found.path, (POOL,)).to(device), LAYER_WIDTHS[POOL], description)
+
+
+def classifier_network(path: Path, device: torch.device) -> FeatureNetwork:
+    """What a classifier's class scores are linear in."""
+    classifier = rgb_classifier(path).to(device)
+    side, width = classifier.image_size, classifier.config["feature_width"]
+    description = {
+        "name": "classifier",
+        "file": str(path),
+        "sha256": sha256_of(path),
+        "width": width,
+        "resize": f"to {side} x {side}, bilinear with antialias, where images have another size",
+        "precision": "float32, TF32 and autocast off",
+    }
+    return FeatureNetwork(lambda images: {POOL: applied(classifier.features, images)}, width, description)
+
+
+def encoder_network(name: str, images: ImageSet, device: torch.device) -> FeatureNetwork:
+    """A representation encoder's tokens, averaged over the image."""
+    if images.size[0] != images.size[1]:
+        raise InputError(
+            f"{images.path}: {images.size[1]} x {images.size[0]} pixels; encoder {name} needs square images"
+        )
+    spec = resolve_encoder(name, image_size=images.size[0])
+    encoder = encoder_of(spec).to(device)
+    description = {
+        "name": f"{spec.name}, tokens averaged",
+        "file": spec.weights,
+        "sha256": spec.weights_sha256,
+        "width": spec.width,
+        "resize": f"to {spec.input_size} x {spec.input_size}, bicubic, no antialias, where images have another size",
+        "precision": "float32, TF32 and autocast off",
+    }
+    return FeatureNetwork(lambda batch: {POOL: applied(encoder, batch).flatten(2).mean(2)}, spec.width, description)
+
+
+def rgb_classifier(path: Path) -> Classifier:
+    """A classifier of colour images: samples are always read as RGB."""
+    classifier = load_classifier(path)
+    if classifier.config["channels"] != 3:
+        raise CheckpointError(f"{path}: takes {classifier.config['channels']} channels; samples are read as RGB, of 3")
+    return classifier
+
+
+@torch.no_grad()
+def applied(network: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
+    """A network's answer to uint8 images [B, 3, H, W], shown to it as float in [0, 1]."""
+    with full_float32(images.device):
+        return network(images.float() / 255)
