@@ -77,18 +77,18 @@ PUBLISHED: dict[str, Published] = {
         "image_size=512",
     ),
     "decoder-xl-mae-b": _decoder(
-        "mae/base_p16/ViTXL_n08", "mae/base_p16/imagenet1k", "mae-b", "decoder ViT-XL, MAE-B, 256 px"
+        "mae/base_p16/ViTXL_n08", "mae/base_p16/ImageNet1k", "mae-b", "decoder ViT-XL, MAE-B, 256 px"
     ),
     "decoder-xl-siglip2-b": _decoder(
         "siglip2/base_p16_i256/ViTXL_n08",
-        "siglip2/base_p16_i256/imagenet1k",
+        "siglip2/base_p16_i256/ImageNet1k",
         "siglip2-b",
         "decoder ViT-XL, SigLIP2-B, 256 px",
     ),
     "stat-dinov2b": _statistics("dinov2/wReg_base/imagenet1k", "latent statistics, DINOv2-B, 256 px"),
     "stat-dinov2b-512": _statistics("dinov2/wReg_base/imagenet1k_512", "latent statistics, DINOv2-B, 512 px"),
-    "stat-mae-b": _statistics("mae/base_p16/imagenet1k", "latent statistics, MAE-B, 256 px"),
-    "stat-siglip2-b": _statistics("siglip2/base_p16_i256/imagenet1k", "latent statistics, SigLIP2-B, 256 px"),
+    "stat-mae-b": _statistics("mae/base_p16/ImageNet1k", "latent statistics, MAE-B, 256 px"),
+    "stat-siglip2-b": _statistics("siglip2/base_p16_i256/ImageNet1k", "latent statistics, SigLIP2-B, 256 px"),
     "dith-xl-256": _diffusion("ImageNet256/DiTDH-XL", "DiT-DH-XL, ImageNet 256"),
     "dith-s-256-guide": _diffusion("ImageNet256/DiTDH-S_ep14", "DiT-DH-S after 14 epochs: guide of dith-xl-256"),
     "dith-xl-512": _diffusion("ImageNet512/DiTDH-XL_ep400", "DiT-DH-XL after 400 epochs, ImageNet 512"),
