@@ -270,9 +270,10 @@ def finish(state: State, recipe: TrainDecoderRecipe, statistics: LatentStatistic
     """Write final/: the averaged decoder, its encoder's identity, the statistics."""
     run_folder = Path(recipe.output)
     count = sum(parameter.numel() for parameter in state.learner.model.parameters())
+    encoder = state.latents["encoder"]["name"]
     card = (
-        f"# {run_folder.name}\n\nA ViT decoder with {count:,} parameters for latents of {state.latents['encoder']['name']}, "
-        f"trained by rae for {state.step} steps of {recipe.batch_size} images, noise tau {recipe.noise_tau}.\n\n"
+        f"# {run_folder.name}\n\nA ViT decoder with {count:,} parameters for latents of {encoder}, trained by rae for "
+        f"{state.step} steps of {recipe.batch_size} images, noise tau {recipe.noise_tau}.\n\n"
         f"{recipe.paper}\n"
     )
     config, weights = config_of(state, recipe), state.ema.weights()
