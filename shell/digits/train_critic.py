@@ -13,15 +13,15 @@ from safetensors.torch import save
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 from torch.nn import functional
+from train_judges import read_images
 
 from raecli.errors import RaeError
 from raecli.store.atomic import atomic_file
 
 from data import random_affine
-from train_judges import read_images
 
 SEED = 3
-SIZES = {"img_size": 32, "patch_size": 4, "embed_dim": 64, "depth": 4, "num_heads": 1, "mlp_ratio": 4.0}
+SIZES = {"img_size": 32, "patch_size": 4, "embed_dim": 32, "depth": 4, "num_heads": 1, "mlp_ratio": 4.0}
 
 
 def train_critic(images: Tensor, labels: Tensor, steps: int, batch_size: int = 64) -> VisionTransformer:
