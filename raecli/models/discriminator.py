@@ -97,13 +97,17 @@ class SpectralConv1d(nn.Module):
 
     The singular vectors are followed by power iteration, one a call of `iterate`: once an optimiser step and not once
     a forward, so that neither micro-batches nor ranks change them.
+
+    normed: a norm follows, which takes the bias out again, so its gradient is 0. Adam would blow the rounding error
+    that is left of it up to whole steps, others on every number of ranks: the bias stays where it began.
     """
 
     left: Tensor
     right: Tensor
 
-    def __init__(self, in_channels: int, out_channels: int, kernel: int) -> None:
+    def __init__(self, in_channels: int, out_channels: int, kernel: int, *, normed: bool = False) -> None:
         super().__init__()
+        self.normed = normed
         plain = nn.Conv1d(in_channels, out_channels, kernel)
         self.weight, self.bias, self.padding = plain.weight, plain.bias, kernel // 2
         self.register_buffer("left", F.normalize(torch.randn(out_channels), dim=0))
@@ -123,7 +127,7 @@ class SpectralConv1d(nn.Module):
         # Sums of products and no matrix product, which autocast would take in bf16.
         sigma = (self.weight.flatten(1) * self.left[:, None] * self.right).sum()
         x = F.pad(x, (self.padding, self.padding), mode="circular") if self.padding else x
-        return F.conv1d(x, self.weight / sigma, self.bias)
+        return F.conv1d(x, self.weight / sigma, self.bias.detach() if self.normed else self.bias)
 
 
 class Head(nn.Module):
@@ -132,9 +136,9 @@ class Head(nn.Module):
     def __init__(self, width: int, norm: Literal["batch", "instance"]) -> None:
         super().__init__()
         normalisation = BatchNorm if norm == "batch" else InstanceNorm
-        self.point = SpectralConv1d(width, width, 1)
+        self.point = SpectralConv1d(width, width, 1, normed=True)
         self.point_norm = normalisation(width)
-        self.line = SpectralConv1d(width, width, KERNEL)
+        self.line = SpectralConv1d(width, width, KERNEL, normed=True)
         self.line_norm = normalisation(width)
         self.score = SpectralConv1d(width, 1, 1)
 

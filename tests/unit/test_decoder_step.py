@@ -70,7 +70,7 @@ def gradients_of(recipe: TrainDecoderRecipe) -> tuple[dict, list[torch.Tensor], 
     losses = decoder_turn(learner, parts, adversary, perceptual=True)
     losses["discriminator"] = adversary.turn(learner, parts)
     grads = [parameter.grad for parameter in learner.model.parameters()]
-    return losses, grads, [parameter.grad for parameter in adversary.parameters()]
+    return losses, grads, [parameter.grad for parameter in adversary.parameters() if parameter.grad is not None]
 
 
 @pytest.mark.parametrize("norm", ["batch", "instance"])

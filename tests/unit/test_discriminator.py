@@ -160,6 +160,20 @@ def test_gradients_reach_the_images_through_the_frozen_network():
     assert not found.train().backbone.network.training
 
 
+@pytest.mark.parametrize("norm", ["batch", "instance"])
+def test_a_bias_before_a_norm_has_no_gradient_so_none_is_taken(norm):
+    torch.manual_seed(4)
+    head, tokens = Head(8, norm), torch.randn(3, 8, 12)
+    before = head(tokens)
+    with torch.no_grad():
+        head.point.bias += 0.5
+        head.line.bias -= 0.5
+    torch.testing.assert_close(head(tokens), before, atol=1e-5, rtol=1e-5)
+    head(tokens).square().mean().backward()
+    without = {name for name, parameter in head.named_parameters() if parameter.grad is None}
+    assert without == {"point.bias", "line.bias"}
+
+
 def test_a_checkpoint_of_it_holds_no_frozen_weights():
     found = Discriminator(Backbone(tiny()), norm="batch")
     names = set(found.heads.state_dict())
