@@ -83,6 +83,13 @@ def test_killed_with_the_discriminator_on_and_resumed_equals_unbroken_to_the_byt
     kill_group_at(process, lambda: (broken / "checkpoints" / "step-0000010").exists())
     assert "resuming" in rae(*training("broken", 40)).stderr
     assert exact(broken) == exact(tmp_path / "whole") and len(exact(broken)) == 2 * 4 + 2
+    final, saved = load_file(broken / "final" / "model.safetensors"), newest(broken)
+    assert final.keys() == saved["ema"].keys() and all(torch.equal(final[name], saved["ema"][name]) for name in final)
+    assert not all(torch.equal(final[name], saved["model"][name]) for name in final)  # averages, not raw weights
+    frozen = ("backbone", "encoder", "patch_embed")  # are in no checkpoint
+    assert not [name for part in saved.values() for name in part if any(word in name for word in frozen)]
+    rae(*training("broken", 40))  # a finished run may be run again
+    assert exact(broken) == exact(tmp_path / "whole")
 
 
 def test_what_stops_it_and_cached_latents(tmp_path, rae, training, images):
