@@ -194,3 +194,12 @@ def test_what_a_checkpoint_keeps_of_the_adversary_brings_it_back(tmp_path):
     assert found.keys() == kept.keys() and all(torch.equal(found[name], kept[name]) for name in kept)
     assert any(name.endswith("running_mean") for name in kept) and any(name.endswith("left") for name in kept)
     assert any(name.endswith("exp_avg_sq") for name in kept)
+
+
+def test_before_its_start_the_perceptual_term_is_zero():
+    recipe = recipe_of()
+    learner = learner_of(recipe)
+    parts = learner.parts(crops())
+    before = decoder_turn(learner, parts, None, perceptual=False)
+    assert before["perceptual"] == 0 and before["loss"] == before["l1"]
+    assert decoder_turn(learner, parts, None, perceptual=True)["perceptual"] > 0
