@@ -215,7 +215,7 @@ def find_backbone(path: str | None) -> Path:
         return Path(path)
     found = "is not in the Hugging Face cache" if path is None else f"is not at {path}"
     raise UsageError(
-        f"the discriminator's frozen DINO ViT-S/8 {found}: run `rae fetch discriminator` where there is network, or "
+        f"the discriminator's frozen DINO ViT-S/8 {found}: run `rae fetch disc-dino-s8` where there is network, or "
         f"bring {WEIGHTS_FILE} of {REPOSITORY}, and name the file in adversarial.backbone; adversarial=null trains "
         "without a discriminator"
     )
