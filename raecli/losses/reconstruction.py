@@ -14,18 +14,23 @@ VGG_FILE = "vgg16-397923af.pth"
 
 def l1_loss(images: Tensor, targets: Tensor) -> Tensor:
     """Mean absolute difference of images around [0, 1], a scalar."""
-    return (images.float() - targets.float()).abs().mean()
+    return (full(images) - full(targets)).abs().mean()
 
 
 def feature_loss(layers: Layers, images: Tensor, targets: Tensor) -> Tensor:
     """Mean squared difference in the layers of a network of the user's, averaged over layers, a scalar."""
     pairs = zip(layers(images), layers(targets), strict=True)
-    return torch.stack([(ours.float() - theirs.float()).square().mean() for ours, theirs in pairs]).mean()
+    return torch.stack([(full(ours) - full(theirs)).square().mean() for ours, theirs in pairs]).mean()
 
 
 def lpips_loss(network: nn.Module, images: Tensor, targets: Tensor) -> Tensor:
     """LPIPS (Zhang et al. 2018), VGG, on images mapped to [-1, 1]; a scalar."""
-    return network(images.float() * 2 - 1, targets.float() * 2 - 1).mean()
+    return network(full(images) * 2 - 1, full(targets) * 2 - 1).mean()
+
+
+def full(values: Tensor) -> Tensor:
+    """bf16 and fp16 in float32, where sums are taken; others as they are."""
+    return values.float() if values.dtype.itemsize < 4 else values
 
 
 def find_vgg(path: str | None) -> Path:

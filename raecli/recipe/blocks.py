@@ -179,6 +179,7 @@ class ReconstructionLossSpec(Spec):
     perceptual: Literal["lpips", "features", "none"]
     perceptual_weight: NonNegative = 1.0
     perceptual_weights: str | None = None  # a file: VGG16 for lpips, a classifier for features
+    perceptual_start: Duration = "0 epochs"
 
     @model_validator(mode="after")
     def check_weights(self) -> Self:
@@ -186,6 +187,24 @@ class ReconstructionLossSpec(Spec):
         if self.perceptual == "features" and not self.perceptual_weights:
             raise ValueError("perceptual: features needs perceptual_weights, the classifier's file")
         return self
+
+
+class AdversarialSpec(Spec):
+    """The adversarial term, from a frozen DINO ViT-S/8 with trained heads. App. E.2, Table 12.
+
+    Where paper and release differ, both can be had: the norm of the heads, the cutout of DiffAug, and where the
+    gradients are taken whose norms balance the term: at the images (the paper) or the last layer (the release).
+    """
+
+    backbone: str | None = None  # a safetensors file of the frozen ViT; None: DINO ViT-S/8 of the Hugging Face cache
+    discriminator_norm: Literal["batch", "instance"] = "batch"  # paper | release
+    weight: NonNegative = 0.75
+    balance: Literal["image", "last_layer"] = "image"  # paper | release: where lambda's gradients are taken
+    cutout: Probability = 0.5  # side of DiffAug's square; the paper has the default, the release 0
+    discriminator_start: Duration = "6 epochs"
+    generator_start: Duration = "8 epochs"
+    optimizer: OptimizerSpec  # the discriminator's
+    schedule: ScheduleSpec  # from its first step to the run's end
 
 
 class AugmentationSpec(Spec):

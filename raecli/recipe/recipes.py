@@ -6,6 +6,7 @@ from typing import Literal, Self
 from pydantic import Field, model_validator
 
 from raecli.recipe.blocks import (
+    AdversarialSpec,
     AugmentationSpec,
     DecoderSpec,
     DiffusionModelSpec,
@@ -74,7 +75,9 @@ class TrainDecoderRecipe(TrainingRecipe):
     augmentation: AugmentationSpec
     noise_tau: NonNegative  # tau of Sec. 4.3
     noise_sigma: Literal["halfnormal", "uniform"] = "halfnormal"  # paper | release
+    latents: Literal["encoder", "cached"] = "encoder"  # of the crops as they come, or the cache's, of centre crops
     loss: ReconstructionLossSpec
+    adversarial: AdversarialSpec | None = None  # None: no discriminator
 
 
 class TrainDiffusionRecipe(TrainingRecipe):

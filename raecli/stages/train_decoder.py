@@ -1,32 +1,31 @@
 """`rae train-decoder`: reads images, and a cache for its encoder and statistics; writes a run folder with a decoder.
 
-The encoder is frozen and runs on the crops as they come. The adversarial term of the paper is not in this stage yet.
+The encoder is frozen and runs on the crops as they come, or the cache's latents stand in for it. In a step the decoder
+and its adversary each take their gradient at the weights that the step began with; then both optimisers step.
 """
 
-import contextlib
-import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from raecli.data.feed import ahead, pooled
-from raecli.data.images import ImageSource, open_images
-from raecli.data.order import normal, normals, stream_slice, uniforms
-from raecli.data.preprocess import center_crop, decode_rgb, random_crop
+from raecli.data.crops import Crops, CropSource, with_cached_latents
+from raecli.data.feed import ahead
+from raecli.data.images import open_images
+from raecli.decoding.adversary import Adversary, adversary_of
+from raecli.decoding.decoder_turn import decoder_turn
+from raecli.decoding.learner import Learner
 from raecli.errors import NonFiniteError
-from raecli.flow.augmentation import augmented_latents, noise_scales
-from raecli.losses.reconstruction import feature_loss, find_vgg, l1_loss, load_lpips, lpips_loss
+from raecli.losses.reconstruction import find_vgg, load_lpips
 from raecli.models.build import decoder_of, encoder_of
 from raecli.models.classifier import load_classifier
-from raecli.models.encoder import Encoder
+from raecli.models.discriminator import find_backbone, load_backbone
 from raecli.models.load import located
 from raecli.recipe.recipes import TrainDecoderRecipe
 from raecli.recipe.spec import duration_in_steps
+from raecli.store.atomic import sha256_of
 from raecli.store.checkpoint import load_optimizer, optimizer_tensors, save_checkpoint, save_final
 from raecli.store.latent_cache import LatentCache, check_cache, open_cache
 from raecli.store.resolve import latents_config
@@ -40,27 +39,20 @@ from raecli.training.optimizer import clip_gradients, optimizer_of, rate_at, set
 from raecli.training.progress import Progress
 from raecli.training.stopping import StopRequest
 
+ADVERSARY = "adversary."  # begins the keys of a checkpoint's optimizer.safetensors that are the adversary's
+
 
 @dataclass
 class State:
-    """The decoder in training, and what it is trained against."""
+    """The decoder in training, what it is trained against, and how far it is."""
 
-    model: nn.Module
-    forward: nn.Module  # the model, under DDP where there are several ranks
+    learner: Learner
     ema: Ema
     optimizer: torch.optim.Optimizer
-    encoder: Encoder
-    perceptual: nn.Module | None
+    adversary: Adversary | None
+    perceptual_start: int  # the first step with the perceptual term
+    latents: dict[str, Any]  # what the decoder has to remember of what it learned from
     step: int
-
-
-@dataclass(frozen=True)
-class Crops:
-    """One rank's share of an optimiser step."""
-
-    positions: range  # in the endless stream of images
-    names: list[str]
-    images: Tensor  # uint8 [B, 3, S, S], S the decoder's output side
 
 
 def run(recipe: TrainDecoderRecipe, ranks: Ranks) -> None:
@@ -68,34 +60,33 @@ def run(recipe: TrainDecoderRecipe, ranks: Ranks) -> None:
     check_batch(recipe.batch_size, ranks.world)
     with ranks.holding(Path(recipe.output)):
         ranks.main_first(lambda: check_inputs(recipe))  # what is wrong with them is told once
-        source, cache = open_images(recipe.images), open_cache(recipe.cache)
-        total = duration_in_steps(recipe.duration, len(source.items), recipe.batch_size)
-        state = begin_or_resume(recipe, latents_of(cache, source), cache, total, ranks)
-        train(state, source, cache, total, recipe, ranks)
+        cache = open_cache(recipe.cache)
+        crops = crop_source(recipe, cache)
+        total = duration_in_steps(recipe.duration, len(crops.source.items), recipe.batch_size)
+        state = begin_or_resume(recipe, crops, cache, total, ranks)
+        train(state, crops, cache, total, recipe, ranks)
         if ranks.is_main:
-            finish(state, recipe, latents_of(cache, source), cache.statistics)
+            finish(state, recipe, cache.statistics)
         ranks.barrier()
 
 
 def train(
-    state: State, source: ImageSource, cache: LatentCache, total: int, recipe: TrainDecoderRecipe, ranks: Ranks
+    state: State, crops: CropSource, cache: LatentCache, total: int, recipe: TrainDecoderRecipe, ranks: Ranks
 ) -> None:
     """The loop: crops, rate, step, figures, checkpoint."""
-    stop, samples = StopRequest(ranks), len(source.items)
+    stop, samples = StopRequest(ranks), len(crops.source.items)
     save_every = duration_in_steps(recipe.save_every, samples, recipe.batch_size)
     log = MetricsLog(Path(recipe.output), state.step) if ranks.is_main else None
     meter = Meter(log, ranks, log_every=recipe.log_every, batch_size=recipe.batch_size)
     progress = Progress(total, "steps", "train-decoder", shown=ranks.is_main, done=state.step)
-    side = cache.manifest.encoder.tokens_side * recipe.decoder.patch_size
-    for crops in ahead(lambda step: make_crops(source, step, side, recipe, ranks), range(state.step, total)):
-        set_learning_rate(state.optimizer, rate_at(state.step, total, samples, recipe))
-        losses, norm = train_step(state, crops, cache.manifest.image_size, recipe, ranks)
+    for batch in ahead(lambda step: crops.crops(share_of(step, recipe, ranks)), range(state.step, total)):
+        rates = set_rates(state, total, samples, recipe)
+        losses, norms = train_step(state, batch, recipe, ranks)
         state.step += 1
         stopping = stop.agreed()
-        figures = {"gradient_norm": norm, "learning_rate": state.optimizer.param_groups[0]["lr"]}
-        meter.record(state.step, losses, figures, progress, last=stopping or state.step == total)
+        meter.record(state.step, losses, norms | rates, progress, last=stopping or state.step == total)
         if state.step % save_every == 0 or state.step == total or stopping:
-            save(state, recipe, latents_of(cache, source), cache.statistics, ranks)
+            save(state, recipe, cache.statistics, ranks)
         if stopping and state.step < total:
             raise stop.error()
     progress.close()
@@ -103,43 +94,79 @@ def train(
 
 def check_inputs(recipe: TrainDecoderRecipe) -> None:
     """Open all that the recipe names; raises what is wrong with it."""
-    open_images(recipe.images)
     check_cache(recipe.cache)
+    crop_source(recipe, open_cache(recipe.cache))
     perceptual_network(recipe)
+    if recipe.adversarial:
+        load_backbone(find_backbone(recipe.adversarial.backbone))
 
 
-def latents_of(cache: LatentCache, source: ImageSource) -> dict[str, Any]:
-    """What the decoder has to remember: the latents, and the images it learned from, which fix the order."""
-    return latents_config(cache.manifest) | {"images_sha256": source.fingerprint()}
+def crop_source(recipe: TrainDecoderRecipe, cache: LatentCache) -> CropSource:
+    """The images as the decoder is to make them; with the cache's latents where the recipe says so."""
+    side = cache.manifest.encoder.tokens_side * recipe.decoder.patch_size
+    crops = CropSource(open_images(recipe.images), side, recipe.seed, recipe.augmentation, decode_threads())
+    return with_cached_latents(crops, cache) if recipe.latents == "cached" else crops
+
+
+def share_of(step: int, recipe: TrainDecoderRecipe, ranks: Ranks) -> range:
+    """This rank's slice of positions [step B, (step + 1) B)."""
+    share = recipe.batch_size // ranks.world
+    first = step * recipe.batch_size + ranks.rank * share
+    return range(first, first + share)
+
+
+def latents_of(cache: LatentCache, crops: CropSource, recipe: TrainDecoderRecipe) -> dict[str, Any]:
+    """What the decoder has to remember: the latents, the images it learned from, and the networks that judged it."""
+    latents = latents_config(cache.manifest) | {"images_sha256": crops.source.fingerprint()}
+    if recipe.loss.perceptual_weights:
+        latents["perceptual_sha256"] = sha256_of(Path(recipe.loss.perceptual_weights))
+    if recipe.adversarial:
+        latents["discriminator_sha256"] = sha256_of(find_backbone(recipe.adversarial.backbone))
+    return latents
 
 
 def begin_or_resume(
-    recipe: TrainDecoderRecipe, latents: dict[str, Any], cache: LatentCache, total: int, ranks: Ranks
+    recipe: TrainDecoderRecipe, crops: CropSource, cache: LatentCache, total: int, ranks: Ranks
 ) -> State:
-    """Decoder, average and optimiser: fresh from the seed, or as the newest whole checkpoint has them."""
+    """Decoder, average, adversary and optimisers: fresh from the seed, or as the newest whole checkpoint has them."""
+    samples = len(crops.source.items)
+    latents = latents_of(cache, crops, recipe)
     checkpoint = begin_run(recipe, latents, total, ranks)
-    encoder = located(cache.manifest.encoder, cache.manifest.image_size)
     torch.manual_seed(recipe.seed)
-    model = decoder_of(recipe.decoder, encoder).to(ranks.device)
+    model = decoder_of(recipe.decoder, cache.manifest.encoder).to(ranks.device)
     ema = Ema(model, recipe.ema_decay, ramp=recipe.ema_ramp)
     optimizer = optimizer_of(model, recipe)
+    adversary = adversary_of(recipe, samples, ranks)
     if checkpoint:
         model.load_state_dict(checkpoint.model)
         ema.load(checkpoint.ema)
-        load_optimizer(model, optimizer, checkpoint.optimizer)
+        own = {name: value for name, value in checkpoint.optimizer.items() if not name.startswith(ADVERSARY)}
+        load_optimizer(model, optimizer, own)
+        if adversary:
+            adversary.load(checkpoint.optimizer)
     if recipe.compile:
         for block in model.blocks:
             block.compile()
-    forward = data_parallel(model, ranks)
+    perceptual_start = duration_in_steps(recipe.loss.perceptual_start, samples, recipe.batch_size)
+    learner = learner_of(model, recipe, cache, ranks)
+    return State(learner, ema, optimizer, adversary, perceptual_start, latents, checkpoint.step if checkpoint else 0)
+
+
+def learner_of(model: Any, recipe: TrainDecoderRecipe, cache: LatentCache, ranks: Ranks) -> Learner:
+    """The decoder with the frozen networks around it."""
+    told, image_size = cache.manifest.encoder, cache.manifest.image_size
+    encoder = None if recipe.latents == "cached" else encoder_of(located(told, image_size)).to(ranks.device)
     perceptual = perceptual_network(recipe)
-    return State(
+    return Learner(
         model,
-        forward,
-        ema,
-        optimizer,
-        encoder_of(encoder).to(ranks.device),
+        data_parallel(model, ranks),
+        encoder,
+        image_size,
         perceptual.to(ranks.device) if perceptual else None,
-        checkpoint.step if checkpoint else 0,
+        torch.tensor(told.mean, device=ranks.device).view(3, 1, 1),
+        torch.tensor(told.std, device=ranks.device).view(3, 1, 1),
+        recipe,
+        ranks,
     )
 
 
@@ -153,98 +180,62 @@ def perceptual_network(recipe: TrainDecoderRecipe) -> nn.Module | None:
     return None
 
 
-def make_crops(source: ImageSource, step: int, side: int, recipe: TrainDecoderRecipe, ranks: Ranks) -> Crops:
-    """This rank's slice of positions [step B, (step + 1) B), decoded and cropped."""
-    share = recipe.batch_size // ranks.world
-    first = step * recipe.batch_size + ranks.rank * share
-    positions = range(first, first + share)
-    indices = stream_slice(recipe.seed, len(source.items), first, share).tolist()
-    across, down = uniforms(recipe.seed, "crop across", positions), uniforms(recipe.seed, "crop down", positions)
-    mirrored = uniforms(recipe.seed, "flip", positions) < (0.5 if recipe.augmentation.horizontal_flip else 0.0)
-
-    def crop(row: int) -> np.ndarray:
-        item = source.items[indices[row]]
-        image = decode_rgb(item.read(), item.name)
-        if recipe.augmentation.crop == "random":
-            pixels = random_crop(image, recipe.augmentation.resize, side, float(across[row]), float(down[row]))
-        else:
-            pixels = center_crop(image, side)
-        return pixels[:, ::-1] if mirrored[row] else pixels
-
-    pixels = np.stack(pooled(crop, range(share), decode_threads()))
-    images = torch.from_numpy(pixels).permute(0, 3, 1, 2)
-    return Crops(positions, [source.items[index].name for index in indices], images)
+def set_rates(state: State, total: int, samples: int, recipe: TrainDecoderRecipe) -> dict[str, float]:
+    """Give both optimisers the learning rates of this step."""
+    rates = {"learning_rate": rate_at(state.step, total, samples, recipe)}
+    set_learning_rate(state.optimizer, rates["learning_rate"])
+    if state.adversary:
+        rate = state.adversary.set_rate(state.step, total, samples, recipe.batch_size)
+        rates["discriminator_learning_rate"] = rate
+    return rates
 
 
 def train_step(
-    state: State, crops: Crops, encoder_side: int, recipe: TrainDecoderRecipe, ranks: Ranks
-) -> tuple[dict[str, Tensor], float]:
-    """One optimiser step, in micro-batches; returns this rank's mean losses and the gradient's norm."""
-    share = len(crops.positions)
-    micro = recipe.micro_batch_size or share
-    totals: dict[str, Tensor] = {}
-    for start in range(0, share, micro):
-        part = slice(start, start + micro)
-        hold = contextlib.nullcontext() if start + micro >= share or ranks.world == 1 else state.forward.no_sync()
-        with hold:
-            losses = part_losses(state, crops, part, encoder_side, recipe, ranks)
-            weight = len(crops.positions[part]) / share
-            (losses["loss"] * weight).backward()
-        for name, value in losses.items():
-            totals[name] = totals.get(name, 0) + value.detach() * weight
-    norm = clip_gradients(state.model.parameters(), recipe.optimizer.clip_norm).item()
-    if not math.isfinite(norm):  # before the optimiser and the average are touched
-        raise NonFiniteError(
-            f"step {state.step}: the gradient is NaN or infinite (images {', '.join(crops.names[:8])}, ...); the last "
-            "checkpoint is finite: lower the learning rate and resume"
-        )
+    state: State, crops: Crops, recipe: TrainDecoderRecipe, ranks: Ranks
+) -> tuple[dict[str, Tensor], dict[str, float]]:
+    """One optimiser step of the decoder, and one of its adversary; this rank's mean losses, the gradients' norms."""
+    learner, adversary, limit = state.learner, state.adversary, recipe.optimizer.clip_norm
+    parts = learner.parts(crops)
+    heard = adversary if adversary and state.step >= adversary.generator_start else None
+    losses = decoder_turn(learner, parts, heard, perceptual=state.step >= state.perceptual_start)
+    norms = {"gradient_norm": clip_gradients(learner.model.parameters(), limit)}
+    learns = adversary is not None and state.step >= adversary.discriminator_start
+    if adversary:
+        zero = torch.zeros((), device=ranks.device)
+        losses = {"adversarial": zero, "lambda": zero, **losses}
+        losses["discriminator"] = adversary.turn(learner, parts) if learns else zero
+        limit = adversary.spec.optimizer.clip_norm
+        norms["discriminator_gradient_norm"] = clip_gradients(adversary.parameters(), limit) if learns else zero
+    figures = check_finite_step(state.step, losses, norms, crops, ranks)
     state.optimizer.step()
     state.optimizer.zero_grad(set_to_none=True)
     state.ema.update(state.step)
-    return totals, norm
+    if adversary and learns:
+        adversary.optimizer.step()
+        adversary.optimizer.zero_grad(set_to_none=True)
+    return losses, figures
 
 
-def part_losses(
-    state: State, crops: Crops, part: slice, encoder_side: int, recipe: TrainDecoderRecipe, ranks: Ranks
-) -> dict[str, Tensor]:
-    """Encode, add noise, decode, compare: the losses of one micro-batch, means over its images."""
-    images = crops.images[part].to(ranks.device, non_blocking=True).float() / 255
-    with torch.autocast(ranks.device.type, torch.bfloat16, enabled=recipe.precision == "bf16"):
-        with torch.no_grad():
-            latents = noisy_latents_of(state.encoder, images, encoder_side, recipe, crops.positions[part])
-        pixels = state.forward(latents)
-    spec = state.encoder
-    reconstructions = pixels.float() * spec.std.view(3, 1, 1) + spec.mean.view(3, 1, 1)
-    weights, loss = recipe.loss, {"l1": l1_loss(reconstructions, images)}
-    total = weights.l1_weight * loss["l1"]
-    if state.perceptual is not None:
-        if weights.perceptual == "lpips":
-            loss["perceptual"] = lpips_loss(state.perceptual, reconstructions, images)
-        else:
-            loss["perceptual"] = feature_loss(state.perceptual.layers, reconstructions, images)
-        total = total + weights.perceptual_weight * loss["perceptual"]
-    return {"loss": total, **loss}
+def check_finite_step(
+    step: int, losses: dict[str, Tensor], norms: dict[str, Tensor], crops: Crops, ranks: Ranks
+) -> dict[str, float]:
+    """The gradients' norms as numbers. Raises NonFiniteError on all ranks if one's loss or gradient is NaN or infinite.
+
+    Called before an optimiser or the average is touched. Losses are looked at too: the hinge's gradient of NaN is 0.
+    """
+    told = {**losses, **norms}
+    values = torch.stack([value.float() for value in told.values()])
+    finite = ranks.sum(values.clone()).isfinite().tolist()
+    if not all(finite):
+        bad = ", ".join(name for name, good in zip(told, finite, strict=True) if not good)
+        raise NonFiniteError(
+            f"step {step}: {bad} is NaN or infinite (images {', '.join(crops.names[:8])}, ...); the last checkpoint is "
+            "finite: lower the learning rate and resume"
+        )
+    return {name: value.item() for name, value in norms.items()}
 
 
-def noisy_latents_of(
-    encoder: Encoder, images: Tensor, encoder_side: int, recipe: TrainDecoderRecipe, positions: range
-) -> Tensor:
-    """Un-normalised latents of the crops with the noise of Sec. 4.3. For upsampling the encoder sees smaller crops."""
-    if images.shape[-1] != encoder_side:
-        images = F.interpolate(images, (encoder_side, encoder_side), mode="bicubic", antialias=True).clamp(0, 1)
-    latents = encoder(images).float()
-    if recipe.noise_tau == 0:
-        return latents
-    if recipe.noise_sigma == "halfnormal":
-        draws = torch.stack([normal((), recipe.seed, "noise sigma", position) for position in positions])
-    else:
-        draws = uniforms(recipe.seed, "noise sigma", positions).float()
-    scales = noise_scales(draws, tau=recipe.noise_tau, law=recipe.noise_sigma).to(latents.device)
-    noise = normals(tuple(latents.shape[1:]), recipe.seed, "latent noise", positions, latents.device)
-    return augmented_latents(latents, noise, scales)
-
-
-def config_of(state: State, recipe: TrainDecoderRecipe, latents: dict[str, Any]) -> dict[str, Any]:
+def config_of(state: State, recipe: TrainDecoderRecipe) -> dict[str, Any]:
     """What a lone decoder has to say of itself."""
     return {
         "format": "rae-decoder",
@@ -252,38 +243,39 @@ def config_of(state: State, recipe: TrainDecoderRecipe, latents: dict[str, Any])
         "step": state.step,
         "samples_consumed": state.step * recipe.batch_size,
         "recipe": recipe.to_dict(),
-        "latents": latents,
+        "latents": state.latents,
     }
 
 
-def save(
-    state: State, recipe: TrainDecoderRecipe, latents: dict[str, Any], statistics: LatentStatistics, ranks: Ranks
-) -> None:
+def save(state: State, recipe: TrainDecoderRecipe, statistics: LatentStatistics, ranks: Ranks) -> None:
     """Write a checkpoint, by the main rank; the others wait."""
+    model = state.learner.model
     if ranks.is_main:
+        adversary = state.adversary.tensors(Path(recipe.output)) if state.adversary else {}
         save_checkpoint(
             Path(recipe.output),
             state.step,
-            model=state.model.state_dict(),
+            model=model.state_dict(),
             ema=state.ema.weights(),
-            optimizer=optimizer_tensors(state.model, state.optimizer),
+            optimizer=optimizer_tensors(model, state.optimizer) | adversary,
             statistics=statistics,
             state={"samples_consumed": state.step * recipe.batch_size},
-            config=config_of(state, recipe, latents),
+            config=config_of(state, recipe),
             keep=recipe.keep_checkpoints,
         )
     ranks.barrier()
 
 
-def finish(state: State, recipe: TrainDecoderRecipe, latents: dict[str, Any], statistics: LatentStatistics) -> None:
+def finish(state: State, recipe: TrainDecoderRecipe, statistics: LatentStatistics) -> None:
     """Write final/: the averaged decoder, its encoder's identity, the statistics."""
     run_folder = Path(recipe.output)
-    count = sum(parameter.numel() for parameter in state.model.parameters())
+    count = sum(parameter.numel() for parameter in state.learner.model.parameters())
+    encoder = state.latents["encoder"]["name"]
     card = (
-        f"# {run_folder.name}\n\nA ViT decoder with {count:,} parameters for latents of {latents['encoder']['name']}, "
-        f"trained by rae for {state.step} steps of {recipe.batch_size} images, noise tau {recipe.noise_tau}.\n\n"
+        f"# {run_folder.name}\n\nA ViT decoder with {count:,} parameters for latents of {encoder}, trained by rae for "
+        f"{state.step} steps of {recipe.batch_size} images, noise tau {recipe.noise_tau}.\n\n"
         f"{recipe.paper}\n"
     )
-    config, weights = config_of(state, recipe, latents), state.ema.weights()
+    config, weights = config_of(state, recipe), state.ema.weights()
     folder = save_final(run_folder, weights=weights, statistics=statistics, config=config, card=card)
     print(f"{folder}: {count} parameters, {state.step} steps")

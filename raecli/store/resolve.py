@@ -59,7 +59,23 @@ def check_decoder(recipe: TrainDecoderRecipe, manifest: Manifest) -> TrainDecode
             f"augmentation.resize: {recipe.augmentation.resize} leaves no room for the decoder's {output} pixels; the "
             f"paper's share is {output * 3 // 2} (384 for 256)"
         )
+    if recipe.latents == "cached":
+        check_cached_views(recipe, manifest, output)
     return recipe
+
+
+def check_cached_views(recipe: TrainDecoderRecipe, manifest: Manifest, output: int) -> None:
+    """Refuse to decode cached latents into images that they are not of."""
+    augmentation, wrong = recipe.augmentation, []
+    if augmentation.crop != "center":
+        wrong.append(f"augmentation.crop: {augmentation.crop}; the cache has centre crops")
+    if output != manifest.image_size:
+        wrong.append(f"decoder.patch_size: makes {output} pixels; the cache is of {manifest.image_size}")
+    if augmentation.horizontal_flip and manifest.views != "center+flip":
+        wrong.append("augmentation.horizontal_flip: true; the cache has no mirrored views (--views center+flip)")
+    if wrong:
+        lines = "".join(f"\n  {line}" for line in wrong)
+        raise InputError(f"latents: cached, but those of {recipe.cache} are not of these crops; use encoder{lines}")
 
 
 def latents_config(manifest: Manifest) -> dict[str, Any]:

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
+from raecli.recipe.blocks import OptimizerSpec, ScheduleSpec
 from raecli.recipe.recipes import TrainingRecipe
 from raecli.recipe.spec import duration_in_steps
 
@@ -52,13 +53,19 @@ def learning_rate(
 
 def rate_at(step: int, total: int, samples: int, recipe: TrainingRecipe) -> float:
     """The learning rate of optimiser step `step` of `total`, as the recipe's schedule has it over `samples` images."""
-    schedule = recipe.schedule
+    return scheduled_rate(step, total, samples, recipe.batch_size, recipe.optimizer, recipe.schedule)
+
+
+def scheduled_rate(
+    step: int, total: int, samples: int, batch_size: int, optimizer: OptimizerSpec, schedule: ScheduleSpec
+) -> float:
+    """The learning rate of step `step` of `total`, for an optimiser of its own."""
     return learning_rate(
         step,
-        maximum=recipe.optimizer.learning_rate,
+        maximum=optimizer.learning_rate,
         kind=schedule.kind,
-        warmup_steps=duration_in_steps(schedule.warmup, samples, recipe.batch_size),
-        hold_steps=duration_in_steps(schedule.hold, samples, recipe.batch_size),
+        warmup_steps=duration_in_steps(schedule.warmup, samples, batch_size),
+        hold_steps=duration_in_steps(schedule.hold, samples, batch_size),
         total_steps=total,
         final=schedule.final_learning_rate,
     )

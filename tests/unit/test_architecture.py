@@ -17,6 +17,7 @@ FLOORS = {
     **dict.fromkeys(("data", "models", "flow", "losses", "metrics", "training"), 3),
     "convert": 3.5,  # holds what it converts against the modules of models/
     "evaluation": 3.5,  # metrics of images through networks, over ranks: what evaluating and training stages share
+    "decoding": 3.5,  # the turns of a decoder and its adversary: models, losses, data and training together
     "stages": 4,
 }
 DOOR = {"__init__", "__main__", "launch", "plan", "cli"}  # above all floors

@@ -60,6 +60,14 @@ DECODER_RECIPES = {
     "decoder_xl_dinov2l": ("dinov2l", "0.52", "0.59"),
     "decoder_xl_siglip2b": ("siglip2b", "0.53", "0.82"),
     "decoder_xl_maeb": ("maeb", "0.16", "0.28"),
+    "decoder_xl_siglip2so": ("siglip2so", None, None),  # App. N
+    "decoder_xl_dinov3b": ("dinov3b", None, None),  # not the paper's encoder
+}
+# Table 14c: tau, gFID, rFID.
+TAU_RECIPES = {
+    "decoder_xl_dinov2b_tau0": (0.0, "4.81", "0.49"),
+    "decoder_xl_dinov2b_tau05": (0.5, "4.39", "0.54"),
+    "decoder_xl_dinov2b_tau10": (1.0, "4.20", "0.60"),
 }
 # Table 9, output of 512 pixels: the cache, tokens a side, pixels a token, rFID (and gFID).
 DECODER_512_RECIPES = {
@@ -81,8 +89,10 @@ GFID = {
     "dit_xl_pixels": ["51.09"],
     "dith_xl_pixels": ["30.56"],
 }
-DIGITS = [f"digits/{name}" for name in ("decoder", "diffusion", "diffusion_dh", "diffusion_fast", "diffusion_narrow")]
-ALL = sorted([*DITH, *DIT, *BASELINES, *DECODER_RECIPES, *DECODER_512_RECIPES, *DIGITS])
+DIGITS_DIFFUSION = [f"digits/{name}" for name in ("diffusion", "diffusion_dh", "diffusion_fast", "diffusion_narrow")]
+DIGITS = ["digits/decoder", "digits/decoder_gan", *DIGITS_DIFFUSION]
+PAPER_DECODERS = [*DECODER_RECIPES, *DECODER_512_RECIPES, *TAU_RECIPES]
+ALL = sorted([*DITH, *DIT, *BASELINES, *PAPER_DECODERS, "decoder_b_single_gpu", *DIGITS])
 RESOLVED = ["model.in_channels=768", "model.input_size=16", "model.num_classes=1000"]
 
 
@@ -103,9 +113,9 @@ def trained(module):
     return sum(parameter.numel() for parameter in module.parameters() if parameter.requires_grad)
 
 
-def test_the_shipped_recipes_are_these_twenty_eight():
+def test_the_shipped_recipes_are_these_thirty_five():
     assert sorted(shipped_files()) == ALL
-    assert len(ALL) == 28
+    assert len(ALL) == 35
 
 
 @pytest.mark.parametrize("name", ALL)
@@ -213,7 +223,45 @@ def test_decoders_to_512_pixels_are_those_of_table_9(name):
     assert f"{count:,}" in shipped_files()[name].read_text()
 
 
-@pytest.mark.parametrize("name", sorted([*DECODER_RECIPES, *DECODER_512_RECIPES]))
+@pytest.mark.parametrize("name", sorted(TAU_RECIPES))
+def test_the_ablation_of_tau_is_table_14c_and_differs_in_nothing_else(name):
+    recipe, default = decoder(name), decoder("decoder_xl_dinov2b")
+    tau, gfid, rfid = TAU_RECIPES[name]
+    assert recipe.noise_tau == tau
+    assert {gfid, rfid} <= set(re.findall(r"\d\.\d\d", recipe.paper))
+    own = {"noise_tau", "paper", "output"}
+    assert recipe.model_dump(exclude=own) == default.model_dump(exclude=own)
+
+
+@pytest.mark.parametrize("name", sorted(PAPER_DECODERS))
+def test_the_adversary_is_that_of_table_12_and_appendix_e2(name):
+    spec = decoder(name).adversarial
+    assert (spec.weight, spec.discriminator_norm, spec.balance) == (0.75, "batch", "image")  # App. E.2
+    assert spec.cutout == 0.5  # the default of Zhao et al. 2020
+    assert (spec.discriminator_start, spec.generator_start) == ("6 epochs", "8 epochs")
+    assert decoder(name).loss.perceptual_start == "0 epochs"
+    optimizer, schedule = spec.optimizer, spec.schedule
+    assert (optimizer.learning_rate, optimizer.betas, optimizer.weight_decay) == (2e-4, (0.5, 0.9), 0.0)
+    told = (schedule.kind, schedule.warmup, schedule.hold, schedule.final_learning_rate)
+    assert told == ("cosine", "1 epochs", "0 steps", 2e-5)
+
+
+def test_the_recipe_for_one_card_is_a_quarter_of_the_paper_s_batch_in_micro_batches():
+    recipe, whole = decoder("decoder_b_single_gpu"), decoder("decoder_b_dinov2b")
+    own = {"paper", "output", "batch_size", "micro_batch_size", "ema_decay", "optimizer", "schedule", "adversarial"}
+    assert recipe.model_dump(exclude=own) == whole.model_dump(exclude=own)
+    assert (recipe.batch_size, recipe.micro_batch_size) == (128, 16)
+    assert recipe.ema_decay == pytest.approx(0.9978 ** (128 / 512), abs=1e-5)
+    for block in (recipe, recipe.adversarial):
+        assert block.optimizer.learning_rate == pytest.approx(2e-4 * (128 / 512) ** 0.5, rel=1e-12)
+        assert block.optimizer.betas == (0.5, 0.9)
+        assert block.schedule.final_learning_rate == pytest.approx(1e-5, rel=1e-12)
+    assert recipe.adversarial.model_dump(exclude={"optimizer", "schedule"}) == whole.adversarial.model_dump(
+        exclude={"optimizer", "schedule"}
+    )
+
+
+@pytest.mark.parametrize("name", sorted(PAPER_DECODERS))
 def test_decoder_training_is_that_of_table_12_and_appendix_e2(name):
     recipe = decoder(name)
     optimizer, schedule = recipe.optimizer, recipe.schedule
@@ -229,7 +277,8 @@ def test_decoder_training_is_that_of_table_12_and_appendix_e2(name):
     augmentation = recipe.augmentation
     resize = 768 if name in DECODER_512_RECIPES else 384  # to crops of 512: the same share
     assert (augmentation.resize, augmentation.crop, augmentation.horizontal_flip) == (resize, "random", False)
-    assert (recipe.noise_tau, recipe.noise_sigma) == (0.8, "halfnormal")
+    assert (recipe.noise_tau, recipe.noise_sigma) == (TAU_RECIPES.get(name, (0.8,))[0], "halfnormal")
+    assert recipe.latents == "encoder"  # random crops
     assert (recipe.loss.l1_weight, recipe.loss.perceptual, recipe.loss.perceptual_weight) == (1.0, "lpips", 1.0)
 
 
