@@ -19,6 +19,7 @@ from raecli.data.images import ImageSource, open_images
 from raecli.data.order import normal, normals, stream_slice, uniforms
 from raecli.data.preprocess import center_crop, decode_rgb, random_crop
 from raecli.errors import NonFiniteError
+from raecli.evaluation.reconstruction_online import open_validation
 from raecli.flow.augmentation import augmented_latents, noise_scales
 from raecli.losses.reconstruction import feature_loss, find_vgg, l1_loss, load_lpips, lpips_loss
 from raecli.models.build import decoder_of, encoder_of
@@ -87,6 +88,7 @@ def train(
     meter = Meter(log, ranks, log_every=recipe.log_every, batch_size=recipe.batch_size)
     progress = Progress(total, "steps", "train-decoder", shown=ranks.is_main, done=state.step)
     side = cache.manifest.encoder.tokens_side * recipe.decoder.patch_size
+    validation = open_validation(recipe, cache, samples, ranks)
     for crops in ahead(lambda step: make_crops(source, step, side, recipe, ranks), range(state.step, total)):
         set_learning_rate(state.optimizer, rate_at(state.step, total, samples, recipe))
         losses, norm = train_step(state, crops, cache.manifest.image_size, recipe, ranks)
@@ -94,6 +96,8 @@ def train(
         stopping = stop.agreed()
         figures = {"gradient_norm": norm, "learning_rate": state.optimizer.param_groups[0]["lr"]}
         meter.record(state.step, losses, figures, progress, last=stopping or state.step == total)
+        if validation and not stopping and validation.is_due(state.step, total):
+            validation.run(state.step, state.model, state.ema.weights(), state.encoder, log)
         if state.step % save_every == 0 or state.step == total or stopping:
             save(state, recipe, latents_of(cache, source), cache.statistics, ranks)
         if stopping and state.step < total:
