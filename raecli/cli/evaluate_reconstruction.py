@@ -32,7 +32,7 @@ def reconstruction(
             "--features", metavar="FILE", help="Instead: a classifier's file, or an encoder's name or folder."
         ),
     ] = None,
-    batch_size: Annotated[int, typer.Option("--batch-size", help="Pairs at once on one rank.", min=1)] = 64,
+    batch_size: Annotated[int, typer.Option("--batch-size", help="Pairs read at once on a rank.", min=1)] = 64,
     as_json: JsonOpt = False,
     out: Annotated[
         str | None, typer.Option("--out", metavar="FILE", help="Write the report there too, as JSON.")

@@ -1,7 +1,8 @@
 """How near reconstructions are to their images: rFID, PSNR, SSIM, LPIPS, on 8-bit images, over ranks.
 
 PSNR, SSIM and LPIPS are taken a pair at a time and their means are sums without rounding, so that they are the same to
-the bit for any batch size, number of ranks and order. rFID's Gaussians are streamed in float64.
+the bit for any batch size, number of ranks and order. rFID's network sees groups of the same make-up whatever the batch
+size, and its Gaussians are streamed in float64.
 """
 
 import hashlib
@@ -36,6 +37,9 @@ from raecli.training.distributed import Ranks
 
 METRICS = ("rfid", "psnr", "ssim", "lpips")
 PER_PAIR = ("psnr", "ssim", "lpips")
+GROUP = (
+    16  # images a forward of rFID's network: another number rounds its float32 otherwise, up to 2e-6 of an rFID seen
+)
 CONVENTIONS = {
     "psnr": "of each image: 10 log10(1 / max(mse, 1e-10)) on 8-bit values / 255; the mean over images",
     "ssim": "of each image: Gaussian window of 11, sigma 1.5, K .01 and .03, channels apart, whole windows; the mean",
@@ -125,6 +129,11 @@ def reconstructed(
     return (scaled.round() if pixel_rounding == "round" else scaled.floor()).to(torch.uint8)
 
 
+def whole_groups(batch_size: int) -> int:
+    """A batch size that no group is cut by: the next multiple of GROUP."""
+    return -(-batch_size // GROUP) * GROUP
+
+
 class PairFigures:
     """What one rank has seen of a set of pairs."""
 
@@ -138,7 +147,10 @@ class PairFigures:
         self.images, self.reconstructions = (FeatureStatistics(width, device) for _ in range(2))
 
     def update(self, positions: Sequence[int], images: Tensor, reconstructions: Tensor, names: Sequence[str]) -> None:
-        """Take in pairs, uint8 [B, 3, H, W] both. positions: theirs in the whole set, each to be seen exactly once."""
+        """Take in pairs, uint8 [B, 3, H, W] both. positions: theirs in the whole set, each to be seen exactly once.
+
+        For the same rFID from any batches, these start at multiples of GROUP.
+        """
         self.positions += positions
         for image, reconstruction in zip(images, reconstructions, strict=True):
             self.digests.append(pixels_sha256(image) + pixels_sha256(reconstruction))
@@ -149,8 +161,10 @@ class PairFigures:
                 raise NonFiniteError(f"{name}: a figure of it is NaN or infinite; look at the image and the weights")
             self.rows.append(figures.cpu())
         if self.judges.network:
-            self.images.update(self.judges.network.extract(images)[POOL], names)
-            self.reconstructions.update(self.judges.network.extract(reconstructions)[POOL], names)
+            for start in range(0, len(names), GROUP):
+                part = slice(start, start + GROUP)
+                self.images.update(self.judges.network.extract(images[part])[POOL], names[part])
+                self.reconstructions.update(self.judges.network.extract(reconstructions[part])[POOL], names[part])
 
     def means(self, count: int, ranks: Ranks) -> dict[str, Any]:
         """All ranks' figures as one, on every rank: means, rFID, and the digests of both sets' pixels.

@@ -18,7 +18,7 @@ from raecli.data.feed import ahead
 from raecli.data.images import ImageItem, open_images
 from raecli.data.order import permutation
 from raecli.errors import UsageError
-from raecli.evaluation.reconstruction import Judges, PairFigures, PairShape, load_judges, reconstructed
+from raecli.evaluation.reconstruction import Judges, PairFigures, PairShape, load_judges, reconstructed, whole_groups
 from raecli.metrics.inception_file import find_inception
 from raecli.metrics.lpips_file import find_lpips
 from raecli.models.autoencoder import Autoencoder
@@ -72,13 +72,13 @@ class Validation:
                 self.write_picture(step, originals, made.cpu())
         report = figures.means(len(self.items), self.ranks)
         told = {name: report[name] for name in self.judges.metrics}
-        if log:
+        if log is not None:
             log.write({"step": step, **{f"validation_{name}": value for name, value in told.items()}})
         return told
 
     def batches(self) -> Iterator[tuple[range, Tensor, Tensor]]:
         """This rank's batches, the same for any world: positions; crops for the encoder, and as the decoder makes."""
-        size, count = self.spec.batch_size, len(self.items)
+        size, count = whole_groups(self.spec.batch_size), len(self.items)
 
         def read(start: int) -> tuple[range, Tensor, Tensor]:
             items = self.items[start : start + size]

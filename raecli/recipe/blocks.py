@@ -206,7 +206,7 @@ class ValidationSpec(Spec):
     images: str  # a folder or WebDataset tars
     every: Duration = "1 epochs"  # and at the end
     num: Count | None = None  # images, a fixed random choice; None: all
-    batch_size: Count = 64  # images a forward on one rank
+    batch_size: Count = 64  # images a forward on one rank, taken up to the next multiple of 16
     metrics: tuple[ReconstructionMetric, ...] | None = None  # None: psnr, ssim, and those whose weights are here
     lpips_weights: str | None = None  # torchvision's VGG16; None: torch hub's cache
     inception: str | None = None  # torch-fidelity's weights; None: $RAE_INCEPTION, torch hub's cache

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from raecli import __version__
-from raecli.evaluation.reconstruction import PairFigures, PairShape, load_judges
+from raecli.evaluation.reconstruction import PairFigures, PairShape, load_judges, whole_groups
 from raecli.evaluation.reconstruction_pairs import PairSet, open_pairs, pair_size
 from raecli.recipe.recipes import EvaluateReconstructionRecipe
 from raecli.store.atomic import write_json
@@ -26,7 +26,7 @@ def run(recipe: EvaluateReconstructionRecipe, ranks: Ranks) -> None:
         inception=recipe.inception,
         features=recipe.features,
     )
-    figures = measured(pairs, PairFigures(judges, ranks.device), recipe.batch_size, ranks)
+    figures = measured(pairs, PairFigures(judges, ranks.device), whole_groups(recipe.batch_size), ranks)
     if ranks.is_main:
         warnings = warnings_of(pairs, judges.descriptions, figures)
         report = {
