@@ -191,7 +191,8 @@ class PairFigures:
         ours, theirs = (
             merge_in_order(states_of_ranks(side, ranks)).moments() for side in (self.reconstructions, self.images)
         )
-        distance = frechet_distance(ours.mean, ours.covariance, theirs.mean, theirs.covariance)
+        sides = (ours.mean, ours.covariance, theirs.mean, theirs.covariance)
+        distance = ranks.main_first(lambda: frechet_distance(*sides))
         parts = {"mean_part": distance.mean_part, "trace_part": distance.trace_part, "method": distance.method}
         return {"rfid": distance.value, "rfid_parts": parts}
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from raecli.data.crops import center_crops
+from raecli.data.center_crops import center_crops
 from raecli.data.feed import ahead
 from raecli.data.images import ImageItem, open_images
 from raecli.data.order import permutation
@@ -27,7 +27,6 @@ from raecli.recipe.recipes import TrainDecoderRecipe
 from raecli.recipe.spec import duration_in_steps
 from raecli.store.latent_cache import LatentCache
 from raecli.store.reconstructions import write_sheet
-from raecli.store.run_folder import MetricsLog
 from raecli.store.statistics import LatentStatistics
 from raecli.training.distributed import Ranks, decode_threads
 
@@ -54,27 +53,25 @@ class Validation:
         """Whether step `step` of `total` is one to measure after."""
         return step % self.every == 0 or step == total
 
-    def run(
-        self, step: int, decoder: nn.Module, weights: dict[str, Tensor], encoder: nn.Module, log: MetricsLog | None
-    ) -> dict[str, Any]:
-        """Measure `decoder` with other `weights`, its average's; write figures to the log and pairs to a picture.
+    def measure(
+        self, step: int, decoder: nn.Module, weights: dict[str, Tensor], encoder: nn.Module
+    ) -> tuple[dict[str, float | int], Path | None]:
+        """Measure `decoder` with other `weights`, its average's: figures for the log on every rank, rank 0's picture.
 
-        Neither the decoder nor torch's random numbers are touched. Every rank gets the figures; log: the main rank's.
+        All ranks take part. Neither the decoder nor torch's random numbers are touched.
         """
         autoencoder = averaged_autoencoder(self, decoder, weights, encoder)
-        figures = PairFigures(self.judges, self.ranks.device)
+        figures, picture = PairFigures(self.judges, self.ranks.device), None
         for positions, crops, originals in self.batches():
             names = [self.items[position].name for position in positions]
             told = {"precision": self.precision, "pixel_rounding": "round", "names": names}
             made = reconstructed(autoencoder, crops.to(self.ranks.device), **told)
             figures.update(positions, originals, made, names)
             if positions.start == 0 and self.spec.pictures:
-                self.write_picture(step, originals, made.cpu())
+                picture = self.write_picture(step, originals, made.cpu())
         report = figures.means(len(self.items), self.ranks)
-        told = {name: report[name] for name in self.judges.metrics}
-        if log is not None:
-            log.write({"step": step, **{f"validation_{name}": value for name, value in told.items()}})
-        return told
+        told = {f"validation_{name}": report[name] for name in self.judges.metrics}
+        return {"validation_images": len(self.items), **told}, picture
 
     def batches(self) -> Iterator[tuple[range, Tensor, Tensor]]:
         """This rank's batches, the same for any world: positions; crops for the encoder, and as the decoder makes."""
@@ -89,11 +86,13 @@ class Validation:
 
         return ahead(read, range(self.ranks.rank * size, count, self.ranks.world * size))
 
-    def write_picture(self, step: int, originals: Tensor, made: Tensor) -> None:
+    def write_picture(self, step: int, originals: Tensor, made: Tensor) -> Path:
         """samples/step-0000100.png: pairs of the first batch."""
         self.pictures.mkdir(exist_ok=True)
         sides = (images[: self.spec.pictures].permute(0, 2, 3, 1).numpy() for images in (originals, made))
-        write_sheet(self.pictures / f"step-{step:07d}.png", *(list(side) for side in sides))
+        path = self.pictures / f"step-{step:07d}.png"
+        write_sheet(path, *(list(side) for side in sides))
+        return path
 
 
 def open_validation(recipe: TrainDecoderRecipe, cache: LatentCache, samples: int, ranks: Ranks) -> Validation | None:

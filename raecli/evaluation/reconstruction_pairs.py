@@ -9,7 +9,7 @@ from typing import Any
 from PIL import Image
 from torch import Tensor
 
-from raecli.data.crops import center_crops, whole_images
+from raecli.data.center_crops import center_crops, whole_images
 from raecli.data.feed import ahead, pooled
 from raecli.data.images import ImageItem, open_images, unique_keys
 from raecli.data.preprocess import UNREADABLE

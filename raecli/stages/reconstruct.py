@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from raecli import __version__
-from raecli.data.crops import center_crops
+from raecli.data.center_crops import center_crops
 from raecli.data.feed import ahead
 from raecli.data.images import ImageItem, ImageSource, open_images, unique_keys
 from raecli.errors import InputError, StorageError, UsageError

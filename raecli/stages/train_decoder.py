@@ -97,7 +97,9 @@ def train(
         figures = {"gradient_norm": norm, "learning_rate": state.optimizer.param_groups[0]["lr"]}
         meter.record(state.step, losses, figures, progress, last=stopping or state.step == total)
         if validation and not stopping and validation.is_due(state.step, total):
-            validation.run(state.step, state.model, state.ema.weights(), state.encoder, log)
+            figures, _ = validation.measure(state.step, state.model, state.ema.weights(), state.encoder)
+            if log:
+                log.write({"step": state.step, **figures})
         if state.step % save_every == 0 or state.step == total or stopping:
             save(state, recipe, latents_of(cache, source), cache.statistics, ranks)
         if stopping and state.step < total:

@@ -57,6 +57,9 @@ class ThreadRanks:
     def sum(self, values):
         return torch.stack(self.gather(values)).sum(0)
 
+    def main_first(self, work):
+        return self.gather(work() if self.is_main else None)[0]
+
 
 def on_ranks(world: int, work) -> list:
     """work(ranks) on each of `world` threads; what each gave."""
@@ -394,45 +397,41 @@ def decoder_of(seed: int) -> Decoder:
     return Decoder(in_channels=32, tokens_side=4, width=16, depth=2, heads=2, mlp_width=32, patch_size=8)
 
 
-class Written(list):
-    """A log that keeps its lines."""
-
-    def write(self, figures):
-        self.append(figures)
-
-
 def test_the_average_is_measured_though_the_decoder_is_compiled_and_nothing_is_touched(validation):
     encoder = encoder_of(validation.encoder)
     raw, average = decoder_of(0), decoder_of(1)
-    expected = validation.run(10, average, average.state_dict(), encoder, None)
-    assert expected != validation.run(10, raw, raw.state_dict(), encoder, None)
+    expected = validation.measure(10, average, average.state_dict(), encoder)
+    assert expected != validation.measure(10, raw, raw.state_dict(), encoder)
     for block in raw.blocks:
         block.compile(backend="eager")
     raw(torch.zeros(1, 32, 4, 4))  # now the compiled forward has seen the raw weights
     before = {name: value.clone() for name, value in raw.state_dict().items()}
     raw.train()
-    state, log = torch.get_rng_state(), Written()
-    assert validation.run(10, raw, average.state_dict(), encoder, log) == expected
+    state = torch.get_rng_state()
+    assert validation.measure(10, raw, average.state_dict(), encoder) == expected
     assert torch.equal(torch.get_rng_state(), state) and raw.training
     assert all(torch.equal(value, before[name]) for name, value in raw.state_dict().items())
     assert all(parameter.requires_grad for parameter in raw.parameters())
-    assert log == [{"step": 10, **{f"validation_{name}": value for name, value in expected.items()}}]
-    sheet = Image.open(validation.pictures / "step-0000010.png")
+    figures, picture = expected
+    assert list(figures) == ["validation_images", "validation_rfid", "validation_psnr", "validation_ssim"]
+    assert figures["validation_images"] == 21 and picture == validation.pictures / "step-0000010.png"
+    sheet = Image.open(picture)
     assert sheet.size == (2 * (128 + 4) + 4, 2 * (64 + 4) + 4)  # three pairs, magnified twice
 
 
 def test_a_validation_is_the_same_on_any_number_of_ranks(validation, tmp_path):
     encoder, decoder = encoder_of(validation.encoder), decoder_of(0)
-    expected = validation.run(10, decoder, decoder.state_dict(), encoder, None)
+    expected, _ = validation.measure(10, decoder, decoder.state_dict(), encoder)
 
     def on(ranks):
         fields = {**validation.__dict__, "ranks": ranks, "pictures": tmp_path}
-        return Validation(**fields).run(10, decoder, decoder.state_dict(), encoder, None)
+        return Validation(**fields).measure(10, decoder, decoder.state_dict(), encoder)
 
-    for found in on_ranks(2, on):
-        assert (found["psnr"], found["ssim"]) == (expected["psnr"], expected["ssim"])
-        assert found["rfid"] == pytest.approx(expected["rfid"], rel=1e-9)
-    assert len(list(tmp_path.iterdir())) == 1
+    results = on_ranks(2, on)
+    for found, _ in results:
+        assert found == pytest.approx(expected, rel=1e-9)
+        assert found["validation_psnr"] == expected["validation_psnr"]
+    assert [picture for _, picture in results] == [tmp_path / "step-0000010.png", None]
 
 
 def test_a_validation_is_due_every_so_often_and_at_the_end(validation):
