@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 from raecli.errors import UsageError
 from raecli.recipe.recipes import (
     EncodeCacheRecipe,
+    ReconstructRecipe,
     SampleRecipe,
     TrainDecoderRecipe,
     TrainDiffusionRecipe,
@@ -31,6 +32,10 @@ def plan_lines(recipe: Spec) -> list[str]:
         if recipe.solver == "heun":
             evaluations = 2 * evaluations - (recipe.time_grid == "paper")
         return [f"{recipe.num} images, {evaluations} evaluations of the model each, without guidance's second ones"]
+    if isinstance(recipe, ReconstructRecipe):
+        from raecli.data.images import open_images
+
+        return [f"{len(open_images(recipe.source).items)} images"]
     return []
 
 

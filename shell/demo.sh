@@ -25,8 +25,10 @@ step "2 of 8: images to latents, by the embedded encoder (a small MAE)"
 run rae encode-cache --encoder digits-mae --dtype fp32 $data/train latents/digits
 
 step "3 of 8: a decoder back to pixels"
-run rae train-decoder digits/decoder
-run python shell/digits/reconstruct.py $run/decoder $data/test $run/reconstructions
+run rae train-decoder digits/decoder validation.images=$data/test validation.features=$judge
+run rae reconstruct $data/test $run/reconstructions --autoencoder $run/decoder
+run rae eval reconstruction $data/test $run/reconstructions --metrics rfid,psnr,ssim --features $judge \
+    --out $run/eval_reconstruction.json
 
 step "4 of 8: a diffusion transformer on the latents (beside it, on the other core: Theorem 1 on a toy)"
 printf '$ rae overfit-toy --preset tiny --out %s/toy\n' $run

@@ -5,7 +5,7 @@ from typing import Annotated
 import typer
 
 from raecli import __version__
-from raecli.cli import convert, encode_cache, evaluate, fetch, flops, overfit_toy, recipes, sample, train
+from raecli.cli import convert, encode_cache, evaluate, fetch, flops, overfit_toy, recipes, reconstruct, sample, train
 
 app = typer.Typer(
     name="rae",
@@ -38,6 +38,7 @@ app.command("encode-cache")(encode_cache.encode_cache)
 app.command("train-decoder")(train.train_decoder)
 app.command("train-diffusion")(train.train_diffusion)
 app.command("sample")(sample.sample)
+app.command("reconstruct")(reconstruct.reconstruct)
 app.add_typer(evaluate.app, name="eval")
 app.command("overfit-toy")(overfit_toy.overfit_toy)
 app.command("convert")(convert.convert)

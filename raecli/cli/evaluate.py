@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from raecli.cli import evaluate_reconstruction
 from raecli.cli.options import DevicesOpt, DryRunOpt, JsonOpt, NnodesOpt, NodeRankOpt, RdzvOpt
 
 if TYPE_CHECKING:
@@ -142,3 +143,6 @@ def launch(recipe: "EvaluateRecipe", options: "LaunchOptions", dry_run: bool) ->
     if recipe.output is not None and not Path(recipe.output).absolute().parent.is_dir():
         raise UsageError(f"--out {recipe.output}: no such folder to write in; make it first")
     start("eval", recipe, options, dry_run=dry_run)
+
+
+app.command("reconstruction")(evaluate_reconstruction.reconstruction)

@@ -10,6 +10,7 @@ from raecli.recipe.spec import Count, Duration, NonNegative, Positive, Probabili
 
 Dtype = Literal["bf16", "fp16", "fp32"]
 Precision = Literal["bf16", "fp32"]
+ReconstructionMetric = Literal["rfid", "psnr", "ssim", "lpips"]
 
 
 def check_layers(text: str) -> str:
@@ -213,3 +214,27 @@ class AugmentationSpec(Spec):
     resize: Count  # the shorter side, before the crop
     crop: Literal["random", "center"]
     horizontal_flip: bool = False
+
+
+class ValidationSpec(Spec):
+    """What a decoder in training is measured on: its averaged weights, without latent noise, on images not trained on.
+
+    Training's own numbers do not depend on it.
+    """
+
+    images: str  # a folder or WebDataset tars
+    every: Duration = "1 epochs"  # and at the end
+    num: Count | None = None  # images, a fixed random choice; None: all
+    batch_size: Count = 64  # images a forward on one rank, taken up to the next multiple of 16
+    metrics: tuple[ReconstructionMetric, ...] | None = None  # None: psnr, ssim, and those whose weights are here
+    lpips_weights: str | None = None  # torchvision's VGG16; None: torch hub's cache
+    inception: str | None = None  # torch-fidelity's weights; None: $RAE_INCEPTION, torch hub's cache
+    features: str | None = None  # for rfid instead of Inception: a classifier's file, an encoder's name or folder
+    pictures: int = Field(default=32, ge=0)  # pairs in samples/step-0000100.png, from the first batch; 0: none
+
+    @model_validator(mode="after")
+    def check_every(self) -> Self:
+        """Nothing is measured every 0 steps."""
+        if float(self.every.split()[0]) == 0:
+            raise ValueError("every is above 0: 1 epochs, 500 steps")
+        return self

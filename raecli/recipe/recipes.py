@@ -16,7 +16,9 @@ from raecli.recipe.blocks import (
     OptimizerSpec,
     Precision,
     ReconstructionLossSpec,
+    ReconstructionMetric,
     ScheduleSpec,
+    ValidationSpec,
 )
 from raecli.recipe.spec import Count, Duration, NonNegative, Positive, Probability, Spec
 
@@ -78,6 +80,7 @@ class TrainDecoderRecipe(TrainingRecipe):
     latents: Literal["encoder", "cached"] = "encoder"  # of the crops as they come, or the cache's, of centre crops
     loss: ReconstructionLossSpec
     adversarial: AdversarialSpec | None = None  # None: no discriminator
+    validation: ValidationSpec | None = None
 
 
 class TrainDiffusionRecipe(TrainingRecipe):
@@ -118,6 +121,36 @@ class SampleRecipe(Spec):
         if self.guidance_interval[0] > self.guidance_interval[1]:
             raise ValueError("guidance_interval: its first number is above its second")
         return self
+
+
+class ReconstructRecipe(Spec):
+    """Images through an autoencoder and back."""
+
+    stage: Literal["reconstruct"]
+    source: str
+    output: str
+    autoencoder: str
+    image_size: Count | None = None  # of pixels and sdvae:FOLDER; None: 256. A trained autoencoder has its own
+    batch_size: Count = 64
+    precision: Precision = "fp32"
+    pixel_rounding: Literal["round", "floor"] = "round"
+    save_originals: bool = False
+    sheet: int = Field(default=32, ge=0)  # pairs in sheet.png; 0: none
+
+
+class EvaluateReconstructionRecipe(Spec):
+    """Images and their reconstructions to figures."""
+
+    stage: Literal["evaluate-reconstruction"]
+    images: str
+    reconstructions: str
+    metrics: tuple[ReconstructionMetric, ...] = Field(min_length=1)
+    lpips_weights: str | None = None  # torchvision's VGG16
+    inception: str | None = None  # torch-fidelity's Inception weights
+    features: str | None = None  # a feature network of the user's, instead of Inception
+    batch_size: Count = 64
+    print_json: bool = False
+    output: str | None = None
 
 
 class EvaluateRecipe(Spec):
@@ -171,7 +204,14 @@ class OverfitToyRecipe(Spec):
 
 
 Recipe = (
-    EncodeCacheRecipe | TrainDecoderRecipe | TrainDiffusionRecipe | SampleRecipe | EvaluateRecipe | OverfitToyRecipe
+    EncodeCacheRecipe
+    | TrainDecoderRecipe
+    | TrainDiffusionRecipe
+    | SampleRecipe
+    | ReconstructRecipe
+    | EvaluateRecipe
+    | EvaluateReconstructionRecipe
+    | OverfitToyRecipe
 )
 
 RECIPES: dict[str, type[Spec]] = {
@@ -179,6 +219,8 @@ RECIPES: dict[str, type[Spec]] = {
     "train-decoder": TrainDecoderRecipe,
     "train-diffusion": TrainDiffusionRecipe,
     "sample": SampleRecipe,
+    "reconstruct": ReconstructRecipe,
     "eval": EvaluateRecipe,
+    "evaluate-reconstruction": EvaluateReconstructionRecipe,
     "overfit-toy": OverfitToyRecipe,
 }

@@ -18,6 +18,7 @@ from raecli.decoding.adversary import Adversary, adversary_of
 from raecli.decoding.decoder_turn import decoder_turn
 from raecli.decoding.learner import Learner
 from raecli.errors import NonFiniteError
+from raecli.evaluation.reconstruction_online import open_validation
 from raecli.losses.reconstruction import find_vgg, load_lpips
 from raecli.models.build import decoder_of, encoder_of
 from raecli.models.classifier import load_classifier
@@ -79,12 +80,17 @@ def train(
     log = MetricsLog(Path(recipe.output), state.step) if ranks.is_main else None
     meter = Meter(log, ranks, log_every=recipe.log_every, batch_size=recipe.batch_size)
     progress = Progress(total, "steps", "train-decoder", shown=ranks.is_main, done=state.step)
+    validation = open_validation(recipe, cache, samples, ranks)
     for batch in ahead(lambda step: crops.crops(share_of(step, recipe, ranks)), range(state.step, total)):
         rates = set_rates(state, total, samples, recipe)
         losses, norms = train_step(state, batch, recipe, ranks)
         state.step += 1
         stopping = stop.agreed()
         meter.record(state.step, losses, norms | rates, progress, last=stopping or state.step == total)
+        if validation and not stopping and validation.is_due(state.step, total):
+            figures, _ = validation.measure(state.step, state.learner.model, state.ema.weights(), state.learner.encoder)
+            if log:
+                log.write({"step": state.step, **figures})
         if state.step % save_every == 0 or state.step == total or stopping:
             save(state, recipe, cache.statistics, ranks)
         if stopping and state.step < total:

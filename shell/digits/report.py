@@ -18,6 +18,8 @@ FIGURES = {  # figure: file in RUN, keys to the number
     "fid": ("eval_fid.json", ["fid"]),
     "fid_floor": ("eval_fid_floor.json", ["fid"]),
     "fid_untrained": ("eval_fid_untrained.json", ["fid"]),
+    "rfid": ("eval_reconstruction.json", ["rfid"]),
+    "psnr": ("eval_reconstruction.json", ["psnr"]),
     "judge_accuracy": ("judges/judges.json", ["test_accuracy", "judge"]),
     "loss_accuracy": ("judges/judges.json", ["test_accuracy", "loss"]),
 }
@@ -30,6 +32,8 @@ TITLES = {
     "fid": "Frechet distance: generated to training split",
     "fid_floor": "Frechet distance: real test to training split (floor)",
     "fid_untrained": "Frechet distance: untrained model",
+    "rfid": "Frechet distance: reconstructions to their images (rFID)",
+    "psnr": "PSNR of the reconstructed test split, dB",
     "judge_accuracy": "the judge on the real test split",
     "loss_accuracy": "the perceptual loss's classifier on the same",
 }

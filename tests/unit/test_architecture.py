@@ -55,7 +55,7 @@ def test_stages_do_not_import_one_another():
     stages = [
         path for path in (PACKAGE / "stages").glob("*.py") if not path.name.startswith("_") and path.stem != "worker"
     ]
-    assert len(stages) == 6
+    assert len(stages) == 8
     for path in stages:
         assert [name for name in imports_of(path) if name.startswith("stages.")] == []
 
@@ -90,7 +90,9 @@ VERBS = [
     "train-decoder",
     "train-diffusion",
     "sample",
+    "reconstruct",
     "eval",
+    "eval reconstruction",
     "overfit-toy",
     "recipes",
     "convert",

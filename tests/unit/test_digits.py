@@ -250,6 +250,7 @@ def run(tmp_path, digits):
     for name, value in {"fid": 7.5, "fid_floor": 4.1, "fid_untrained": 300.0}.items():
         (tmp_path / f"eval_{name}.json").write_text(json.dumps({"fid": value}))
     (tmp_path / "eval_accuracy.json").write_text(json.dumps({"accuracy": 0.99}))
+    (tmp_path / "eval_reconstruction.json").write_text(json.dumps({"rfid": 5.25, "psnr": 30.5}))
     (tmp_path / "judges").mkdir()
     judges = {"test_accuracy": {"judge": 1.0, "loss": 0.997}}
     (tmp_path / "judges" / "judges.json").write_text(json.dumps(judges))
@@ -266,7 +267,9 @@ def test_the_report_holds_the_figures_and_draws_the_panels(run, digits, capsys):
     written = json.loads((run / "report.json").read_text())
     assert (written["fid"], written["accuracy"], written["judge_accuracy"], written["missed"]) == (7.5, 0.99, 1.0, [])
     screen = capsys.readouterr().out
-    assert all(part in screen for part in ("99.0%", "7.50", "4.10", "300.00", "at least 97 %", "below 20"))
+    assert all(
+        part in screen for part in ("99.0%", "7.50", "4.10", "300.00", "5.25", "30.50", "at least 97 %", "below 20")
+    )
     two_panels = Image.open(run / "picture.png").size
     reconstructions = run / "reconstructions" / "0"
     reconstructions.mkdir(parents=True)

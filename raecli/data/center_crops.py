@@ -1,0 +1,42 @@
+"""Batches of pixels, read by several threads: centre crops as the latent cache has them, or whole images."""
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from raecli.data.feed import pooled
+from raecli.data.images import ImageItem
+from raecli.data.preprocess import center_crop, decode_rgb
+from raecli.errors import InputError
+
+
+def center_crops(items: Sequence[ImageItem], side: int, workers: int) -> Tensor:
+    """guided-diffusion's centre crops: uint8 [B, 3, side, side].
+
+    Raises InputError listing every image of the batch that cannot be read.
+    """
+    return read_batch(items, lambda image: center_crop(image, side), workers)
+
+
+def whole_images(items: Sequence[ImageItem], workers: int) -> Tensor:
+    """Images of one size as they are: uint8 [B, 3, H, W]. Raises InputError likewise."""
+    return read_batch(items, np.asarray, workers)
+
+
+def read_batch(items: Sequence[ImageItem], pixels_of: Callable[[Image.Image], np.ndarray], workers: int) -> Tensor:
+    """Decode each image, take its pixels [H, W, 3], and stack them."""
+
+    def read(item: ImageItem) -> np.ndarray | InputError:
+        try:
+            return pixels_of(decode_rgb(item.read(), item.name))
+        except InputError as error:
+            return error
+
+    pixels = pooled(read, items, workers)
+    bad = [str(entry) for entry in pixels if isinstance(entry, InputError)]
+    if bad:
+        raise InputError(f"{len(bad)} unreadable images; mend or remove them\n  " + "\n  ".join(bad))
+    return torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2)
