@@ -24,20 +24,19 @@ from raecli.losses.reconstruction import feature_loss, find_vgg, l1_loss, load_l
 from raecli.models.build import decoder_of, encoder_of
 from raecli.models.classifier import load_classifier
 from raecli.models.encoder import Encoder
+from raecli.models.flops import decoder_macs
 from raecli.models.load import located
 from raecli.recipe.recipes import TrainDecoderRecipe
 from raecli.recipe.spec import duration_in_steps
 from raecli.store.checkpoint import load_optimizer, optimizer_tensors, save_checkpoint, save_final
 from raecli.store.latent_cache import LatentCache, check_cache, open_cache
 from raecli.store.resolve import latents_config
-from raecli.store.run_folder import MetricsLog
 from raecli.store.statistics import LatentStatistics
 from raecli.training.beginning import begin_run
 from raecli.training.distributed import Ranks, check_batch, data_parallel, decode_threads
 from raecli.training.ema import Ema
 from raecli.training.meter import Meter
 from raecli.training.optimizer import clip_gradients, optimizer_of, rate_at, set_learning_rate
-from raecli.training.progress import Progress
 from raecli.training.stopping import StopRequest
 
 
@@ -83,22 +82,30 @@ def train(
     """The loop: crops, rate, step, figures, checkpoint."""
     stop, samples = StopRequest(ranks), len(source.items)
     save_every = duration_in_steps(recipe.save_every, samples, recipe.batch_size)
-    log = MetricsLog(Path(recipe.output), state.step) if ranks.is_main else None
-    meter = Meter(log, ranks, log_every=recipe.log_every, batch_size=recipe.batch_size)
-    progress = Progress(total, "steps", "train-decoder", shown=ranks.is_main, done=state.step)
     side = cache.manifest.encoder.tokens_side * recipe.decoder.patch_size
-    for crops in ahead(lambda step: make_crops(source, step, side, recipe, ranks), range(state.step, total)):
-        set_learning_rate(state.optimizer, rate_at(state.step, total, samples, recipe))
-        losses, norm = train_step(state, crops, cache.manifest.image_size, recipe, ranks)
-        state.step += 1
-        stopping = stop.agreed()
-        figures = {"gradient_norm": norm, "learning_rate": state.optimizer.param_groups[0]["lr"]}
-        meter.record(state.step, losses, figures, progress, last=stopping or state.step == total)
-        if state.step % save_every == 0 or state.step == total or stopping:
-            save(state, recipe, latents_of(cache, source), cache.statistics, ranks)
-        if stopping and state.step < total:
-            raise stop.error()
-    progress.close()
+    flops = training_flops(recipe, cache)
+    with Meter(recipe, ranks, first_step=state.step, total_steps=total, samples=samples, training_flops=flops) as meter:
+        batches = ahead(lambda step: make_crops(source, step, side, recipe, ranks), range(state.step, total))
+        for crops in meter.timed(batches):
+            rate = rate_at(state.step, total, samples, recipe)
+            set_learning_rate(state.optimizer, rate)
+            losses, norm = train_step(state, crops, cache.manifest.image_size, recipe, ranks)
+            state.step += 1
+            stopping = stop.agreed()
+            figures = {**losses, "gradient_norm": norm}
+            meter.record(state.step, figures, learning_rate=rate, last=stopping or state.step == total)
+            if state.step % save_every == 0 or state.step == total or stopping:
+                with meter.aside("save"):
+                    save(state, recipe, latents_of(cache, source), cache.statistics, ranks)
+            if stopping and state.step < total:
+                raise stop.error()
+
+
+def training_flops(recipe: TrainDecoderRecipe, cache: LatentCache) -> float:
+    """FLOPs of one image's forward and backward in the decoder alone; frozen networks are not counted."""
+    channels, side, _ = cache.manifest.latent_shape
+    sizes = recipe.decoder.model_dump(exclude={"heads"})
+    return 3 * 2 * decoder_macs(in_channels=channels, tokens_side=side, **sizes).executed
 
 
 def check_inputs(recipe: TrainDecoderRecipe) -> None:

@@ -35,11 +35,20 @@ class Progress:
     def line(self) -> str:
         """One line: how far, how fast, how long still."""
         rate = (self.done - self.first) / max(time.monotonic() - self.started, 1e-9)
-        left = (self.total - self.done) / rate if rate else 0.0
-        text = f"{self.label}: {self.done}/{self.total} {self.unit}, {rate:.3g} {self.unit}/s, {left:.0f} s left"
+        left = f", {duration((self.total - self.done) / rate)} left" if rate and self.done < self.total else ""
+        text = f"{self.label}: {self.done}/{self.total} {self.unit}, {rate:.3g} {self.unit}/s{left}"
         return f"{text}, {self.note}" if self.note else text
 
     def close(self) -> None:
         """Leave the terminal tidy."""
         if self.bar is not None:
             self.bar.close()
+
+
+def duration(seconds: float) -> str:
+    """A time as one reads it: 42 s, 7 min 05 s, 3 h 20 min, 2 d 04 h."""
+    whole = round(seconds)
+    for unit, size, below, part in (("d", 86400, "h", 3600), ("h", 3600, "min", 60), ("min", 60, "s", 1)):
+        if whole >= size:
+            return f"{whole // size} {unit} {whole % size // part:02d} {below}"
+    return f"{whole} s"
