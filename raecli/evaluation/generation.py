@@ -1,7 +1,7 @@
 """Images out of a diffusion model and a decoder, over ranks: samples and FID of a model that is still in training.
 
-Images are those that `rae sample` makes with the same settings, and the FID is that of `rae eval fid` over them: image i
-is a function of (seed, i), of its label and of the models. No image is written but the sheet.
+Images are those that `rae sample` makes with the same settings, and the FID is that of `rae eval fid` over them: image
+i is a function of (seed, i), of its label and of the models. No image is written but the sheet.
 """
 
 import json

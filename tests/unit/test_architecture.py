@@ -94,6 +94,7 @@ VERBS = [
     "recipes",
     "convert",
     "fetch",
+    "plot",
 ]
 
 
