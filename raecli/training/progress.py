@@ -1,5 +1,6 @@
 """How far a stage is: a bar on a terminal, a line every so often elsewhere. On stderr, by one rank."""
 
+import os
 import sys
 import time
 
@@ -17,8 +18,15 @@ class Progress:
         self.started = self.told = time.monotonic()
         self.bar, self.note = None, ""
         if shown and sys.stderr and sys.stderr.isatty():
+            wide = os.get_terminal_size(sys.stderr.fileno()).columns > 0  # a container's terminal may have no size
             self.bar = tqdm(
-                total=total, initial=done, unit=unit.rstrip("s"), desc=label, file=sys.stderr, dynamic_ncols=True
+                total=total,
+                initial=done,
+                unit=unit.rstrip("s"),
+                desc=label,
+                file=sys.stderr,
+                dynamic_ncols=wide,
+                ncols=None if wide else 100,
             )
 
     def advance(self, count: int = 1, note: str = "") -> None:
