@@ -236,7 +236,10 @@ def test_progress_on_a_terminal_is_a_bar_in_one_line(monkeypatch, columns):
         for _ in range(20):
             progress.advance(1, "loss 0.5")
         progress.close()
-    seen = os.read(ours, 65536).decode()
+        terminal.flush()
+        seen = ""
+        while "\n" not in seen:
+            seen += os.read(ours, 65536).decode()
     os.close(ours)
     assert "20/20" in seen and "loss 0.5" in seen and "\r" in seen
     assert seen.count("\n") == 1
