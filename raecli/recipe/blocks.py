@@ -240,6 +240,8 @@ class GenerationSpec(Spec):
             raise ValueError("guidance_interval: its first number is above its second")
         if self.reference is None and (self.features or self.inception):
             raise ValueError("reference: missing; features and inception are for a FID, which is to a reference")
+        if self.reference is not None and self.num < 2:
+            raise ValueError("num is at least 2 for a FID, and 50000 for one to be compared with others'")
         if self.features and self.inception:
             raise ValueError("inception and features exclude one another: FID is measured in one network")
         if self.reference is None and not self.grid:
