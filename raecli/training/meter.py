@@ -86,7 +86,7 @@ class Meter:
         note = ""
         if step % self.recipe.log_every == 0 or last:
             line = self.line(step, learning_rate)
-            self.tell(step, line)
+            self._write(step, line)
             note = ", ".join(f"{name} {line[name]:.4f}" for name in losses)
             self.losses, self.waited, self.aside_seconds = [], 0.0, 0.0
             self.since = time.monotonic()
@@ -95,7 +95,13 @@ class Meter:
         self.progress.advance(1, note)
 
     def tell(self, step: int, figures: dict[str, float | int]) -> None:
-        """Write one line, with the time that was spent aside since the line before."""
+        """Write and show what was measured beside training."""
+        self._write(step, figures)
+        told = ", ".join(f"{name} {value:.4f}" for name, value in figures.items() if isinstance(value, float))
+        self.progress.say(f"step {step}: {told}" if told else f"step {step}: evaluated")
+
+    def _write(self, step: int, figures: dict[str, float | int]) -> None:
+        """One line of the log, with the time that was spent aside since the line before."""
         if self.log:
             self.log.write({"step": step, **figures, **self.asides})
         self.asides = {}

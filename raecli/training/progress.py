@@ -34,11 +34,18 @@ class Progress:
         self.done += count
         self.note = note or self.note
         if self.bar is not None:
+            self.bar.set_postfix_str(self.note, refresh=False)  # or each step would be drawn, twice
             self.bar.update(count)
-            self.bar.set_postfix_str(self.note)
         elif self.shown and (self.done >= self.total or time.monotonic() - self.told >= LINE_SECONDS):
             self.told = time.monotonic()
             print(self.line(), file=sys.stderr, flush=True)
+
+    def say(self, text: str) -> None:
+        """A line of its own, above the bar where there is one."""
+        if self.bar is not None:
+            self.bar.write(text, file=sys.stderr)
+        elif self.shown:
+            print(text, file=sys.stderr, flush=True)
 
     def line(self) -> str:
         """One line: how far, how fast, how long still."""
