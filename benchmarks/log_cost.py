@@ -27,20 +27,22 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--tensorboard", action="store_true")
+    parser.add_argument("--device", default="cpu")
     arguments = parser.parse_args()
+    device = torch.device(arguments.device)
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
         sizes = ("model.in_channels=32", "model.input_size=4", "model.num_classes=10", f"log_every={LOG_EVERY}")
         tracking = f"tracking.tensorboard={str(arguments.tensorboard).lower()}"
         recipe = load_recipe(TrainDiffusionRecipe, "digits/diffusion", [*sizes, tracking, f"output={folder}"])
-        step = training_step(recipe)
+        step = training_step(recipe, device)
         logged, trained = [], []
-        ranks = Ranks(0, 1, torch.device("cpu"))
+        ranks = Ranks(0, 1, device)
         with Meter(recipe, ranks, first_step=0, total_steps=10**6, samples=1437, training_flops=1e9) as meter:
             for turn in range(arguments.rounds + 1):
                 trained.append(cpu_seconds(lambda _: step()))
                 steps = meter.timed(range(turn * LOG_EVERY + 1, (turn + 1) * LOG_EVERY + 1))
-                logged.append(cpu_seconds(lambda _, steps=steps: record(meter, next(steps))))
+                logged.append(cpu_seconds(lambda _, steps=steps: record(meter, next(steps), device)))
     ours, theirs = statistics.median(logged[1:]), statistics.median(trained[1:])  # the first turn warms up
     line = {"what": "log", "tensorboard": arguments.tensorboard, "log_us_a_step": 1e6 * ours}
     print(json.dumps({**line, "train_us_a_step": 1e6 * theirs, "share": ours / theirs}))
@@ -54,16 +56,18 @@ def cpu_seconds(work) -> float:
     return (time.process_time() - begin) / LOG_EVERY
 
 
-def record(meter: Meter, step: int) -> None:
+def record(meter: Meter, step: int, device: torch.device) -> None:
     """What the loop does for the log at every step."""
-    meter.record(step, {"loss": torch.tensor(1.0), "gradient_norm": torch.tensor(1.0)}, learning_rate=1e-4)
+    losses = {name: torch.zeros((), device=device) for name in ("loss", "gradient_norm")}
+    meter.record(step, losses, learning_rate=1e-4)
 
 
-def training_step(recipe: TrainDiffusionRecipe):
+def training_step(recipe: TrainDiffusionRecipe, device: torch.device):
     """A step of the digits' model on random latents."""
-    model = diffusion_of(recipe.model)
+    model = diffusion_of(recipe.model).to(device)
     optimizer, ema = optimizer_of(model, recipe), Ema(model, 0.99)
-    noisy, t, labels = torch.randn(BATCH, 32, 4, 4), torch.rand(BATCH), torch.randint(10, (BATCH,))
+    noisy, t = torch.randn(BATCH, 32, 4, 4, device=device), torch.rand(BATCH, device=device)
+    labels = torch.randint(10, (BATCH,), device=device)
 
     def step() -> None:
         model(noisy, t, labels).square().mean().backward()
