@@ -113,7 +113,7 @@ def evaluate_if_due(
         figures, sheet = generation.measure(model, state.step)
     meter.tell(state.step, figures)
     if sheet:
-        meter.show(state.step, "samples", sheet)
+        meter.show(state.step, "sheet", sheet)  # "samples" is a figure of the log
 
 
 def averaged_model(state: State, recipe: TrainDiffusionRecipe) -> nn.Module:

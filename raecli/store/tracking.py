@@ -119,9 +119,7 @@ class WandbSink:
         name = known.get("id") if known.get("project") == project else None
         name = name or uuid4().hex[:8]
         try:
-            self.run = wandb.init(
-                project=project, id=name, name=run.name, dir=str(run), config=config, resume="allow", reinit=True
-            )
+            self.run = wandb.init(project=project, id=name, name=run.name, dir=str(run), config=config, resume="allow")
         except wandb.Error as error:
             raise UsageError(
                 f"tracking.wandb_project: wandb does not begin ({error}); run `wandb login`, or set WANDB_MODE=offline"

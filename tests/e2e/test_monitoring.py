@@ -34,7 +34,7 @@ class Run:
 
     def finish(self): told(finish=True)
 
-def init(project, id, name, dir, config, resume, reinit):
+def init(project, id, name, dir, config, resume):
     run = Run()
     told(init=id, project=project, name=name, resume=resume, seed=config["seed"])
     return run
@@ -94,6 +94,8 @@ def test_a_run_is_evaluated_by_one_rank_as_by_two_and_as_offline(tmp_path, rae, 
     assert len(begun) == 2 and begun[0] == begun[1] and begun[0]["resume"] == "allow"  # one run, gone on with
     logged = [(call["step"], call["loss"]) for call in calls(tmp_path / "calls", "step") if call["loss"] is not None]
     assert logged == [(line["step"], line["loss"]) for line in lines if "loss" in line]
+    pictures = [call["step"] for call in calls(tmp_path / "calls", "step") if call["figures"] == ["sheet"]]
+    assert pictures == [3, 6, 9]
     assert len(calls(tmp_path / "calls", "finish")) == 2
 
     told = rae("plot", "run", "--keys", "loss,fid")

@@ -172,7 +172,7 @@ def test_tensorboard_holds_what_the_log_holds_and_a_resumed_run_doubles_no_step(
     log = MetricsLog(tmp_path, 0, tracking)
     for step in (10, 20, 30):
         log.write({"step": step, "loss": step / 8})
-    log.picture(20, "samples", tmp_path / "sheet.png")
+    log.picture(20, "sheet", tmp_path / "sheet.png")
     del log  # killed: never closed
     log = MetricsLog(tmp_path, 20, tracking)  # the checkpoint was of step 20
     for step in (30, 40):
@@ -185,7 +185,7 @@ def test_tensorboard_holds_what_the_log_holds_and_a_resumed_run_doubles_no_step(
         (30, 7.5),
         (40, 10.0),
     ]
-    assert [(picture.step, picture.width, picture.height) for picture in events.Images("samples")] == [(20, 12, 8)]
+    assert [(picture.step, picture.width, picture.height) for picture in events.Images("sheet")] == [(20, 12, 8)]
     assert [(line["step"], line["loss"]) for line in read_metrics(tmp_path)] == [
         (10, 1.25),
         (20, 2.5),
