@@ -5,7 +5,19 @@ from typing import Annotated
 import typer
 
 from raecli import __version__
-from raecli.cli import convert, encode_cache, evaluate, fetch, flops, overfit_toy, recipes, reconstruct, sample, train
+from raecli.cli import (
+    convert,
+    encode_cache,
+    evaluate,
+    fetch,
+    flops,
+    overfit_toy,
+    plot,
+    recipes,
+    reconstruct,
+    sample,
+    train,
+)
 
 app = typer.Typer(
     name="rae",
@@ -41,6 +53,7 @@ app.command("sample")(sample.sample)
 app.command("reconstruct")(reconstruct.reconstruct)
 app.add_typer(evaluate.app, name="eval")
 app.command("overfit-toy")(overfit_toy.overfit_toy)
+app.command("plot")(plot.plot)
 app.command("convert")(convert.convert)
 app.command("fetch")(fetch.fetch)
 app.add_typer(recipes.app, name="recipes")

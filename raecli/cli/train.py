@@ -31,6 +31,7 @@ def train_decoder(
     from raecli.recipe.load import load_recipe
     from raecli.recipe.recipes import TrainDecoderRecipe
     from raecli.recipe.shipped import find_recipe
+    from raecli.store.tracking import check_tracking
 
     spec = load_recipe(TrainDecoderRecipe, find_recipe(recipe), overrides or ())
     if not (dry_run and is_absent(spec.cache)):
@@ -38,6 +39,7 @@ def train_decoder(
         from raecli.store.resolve import check_decoder
 
         spec = check_decoder(spec, read_manifest(spec.cache))
+    check_tracking(spec.tracking)
     start("train-decoder", spec, LaunchOptions(devices, nnodes, node_rank, rdzv, timeout), dry_run=dry_run)
 
 
@@ -63,13 +65,20 @@ def train_diffusion(
     from raecli.recipe.load import load_recipe
     from raecli.recipe.recipes import TrainDiffusionRecipe
     from raecli.recipe.shipped import find_recipe
+    from raecli.store.tracking import check_tracking
 
     spec = load_recipe(TrainDiffusionRecipe, find_recipe(recipe), overrides or ())
     if not (dry_run and is_absent(spec.cache)):
         from raecli.store.manifest import read_manifest
         from raecli.store.resolve import resolve_diffusion
 
-        spec = resolve_diffusion(spec, read_manifest(spec.cache))
+        manifest = read_manifest(spec.cache)
+        spec = resolve_diffusion(spec, manifest)
+        if spec.evaluation is not None:
+            from raecli.evaluation.generation import check_generation
+
+            check_generation(spec, manifest)
+    check_tracking(spec.tracking)
     start("train-diffusion", spec, LaunchOptions(devices, nnodes, node_rank, rdzv, timeout), dry_run=dry_run)
 
 

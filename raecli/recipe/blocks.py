@@ -238,3 +238,56 @@ class ValidationSpec(Spec):
         if float(self.every.split()[0]) == 0:
             raise ValueError("every is above 0: 1 epochs, 500 steps")
         return self
+
+
+class TrackingSpec(Spec):
+    """Where the figures of metrics.jsonl are told a second time."""
+
+    tensorboard: bool = False  # event files in RUN/tensorboard; needs raecli[tensorboard]
+    wandb_project: str | None = None  # needs your own wandb
+
+
+class GenerationSpec(Spec):
+    """Samples and FID of the averaged weights, while training goes on. Keys as the options of `rae sample` and `eval`.
+
+    Without a reference there are pictures and no FID.
+    """
+
+    every: Duration  # and at the run's end
+    num: int = Field(ge=1, le=100_000_000)  # images; a FID to be compared with others' takes 50000
+    autoencoder: str | None = None  # a decoder run, its final/, a checkpoint; pixels; sdvae:FOLDER
+    reference: str | None = None  # images, or an .npz of statistics
+    features: str | None = None  # a classifier's file, for FID in its features; None: Inception
+    inception: str | None = None  # Inception's weights; None: $RAE_INCEPTION, torch hub's cache
+    seed: int = 0
+    steps: Count = 50
+    solver: Literal["euler", "heun"] = "euler"
+    time_grid: Literal["paper", "released"] = "paper"
+    guidance_scale: Positive = 1.0
+    guidance_interval: tuple[Probability, Probability] = (0.0, 1.0)  # in shifted time, ends included
+    batch_size: Count = 64  # images at once on a rank
+    precision: Precision = "fp32"
+    pixel_rounding: Literal["round", "floor"] = "round"
+    grid: int = Field(default=64, ge=0)  # images on the sheet samples/step-0001000.png; 0: no sheet
+
+    @model_validator(mode="after")
+    def check_generation(self) -> Self:
+        """Latents have no FID: it is a distance between images."""
+        if self.autoencoder is None:
+            raise ValueError(
+                "autoencoder: missing; FID and sheets are of images, so latents need a decoder: set "
+                "evaluation.autoencoder to a decoder run, pixels or sdvae:FOLDER, or leave the block evaluation out"
+            )
+        if float(self.every.split()[0]) == 0:
+            raise ValueError("every is above 0: 10 epochs, 5000 steps")
+        if self.guidance_interval[0] > self.guidance_interval[1]:
+            raise ValueError("guidance_interval: its first number is above its second")
+        if self.reference is None and (self.features or self.inception):
+            raise ValueError("reference: missing; features and inception are for a FID, which is to a reference")
+        if self.reference is not None and self.num < 2:
+            raise ValueError("num is at least 2 for a FID, and 50000 for one to be compared with others'")
+        if self.features and self.inception:
+            raise ValueError("inception and features exclude one another: FID is measured in one network")
+        if self.reference is None and not self.grid:
+            raise ValueError("reference: missing, and grid is 0: there is nothing to make images for")
+        return self

@@ -13,11 +13,13 @@ from raecli.recipe.blocks import (
     Dtype,
     EncoderSpec,
     FlowSpec,
+    GenerationSpec,
     OptimizerSpec,
     Precision,
     ReconstructionLossSpec,
     ReconstructionMetric,
     ScheduleSpec,
+    TrackingSpec,
     ValidationSpec,
 )
 from raecli.recipe.spec import Count, Duration, NonNegative, Positive, Probability, Spec
@@ -57,6 +59,8 @@ class TrainingRecipe(Spec):
     precision: Precision = "bf16"
     compile: bool = False
     log_every: Count = 50
+    tracking: TrackingSpec = TrackingSpec()
+    peak_tflops: Positive | None = None  # of one device, for MFU; None: that of its data sheet, where it is known
     save_every: Duration = "1 epochs"
     keep_checkpoints: Count = 2
 
@@ -91,6 +95,7 @@ class TrainDiffusionRecipe(TrainingRecipe):
     flow: FlowSpec
     label_dropout: Probability = 0.1
     horizontal_flip: bool = True  # use the cache's flipped views, where it has them
+    evaluation: GenerationSpec | None = None
 
 
 class SampleRecipe(Spec):

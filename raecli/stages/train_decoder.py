@@ -18,11 +18,12 @@ from raecli.decoding.adversary import Adversary, adversary_of
 from raecli.decoding.decoder_turn import decoder_turn
 from raecli.decoding.learner import Learner
 from raecli.errors import NonFiniteError
-from raecli.evaluation.reconstruction_online import open_validation
+from raecli.evaluation.reconstruction_online import Validation, open_validation
 from raecli.losses.reconstruction import find_vgg, load_lpips
 from raecli.models.build import decoder_of, encoder_of
 from raecli.models.classifier import load_classifier
 from raecli.models.discriminator import find_backbone, load_backbone
+from raecli.models.flops import decoder_macs
 from raecli.models.load import located
 from raecli.recipe.recipes import TrainDecoderRecipe
 from raecli.recipe.spec import duration_in_steps
@@ -30,14 +31,12 @@ from raecli.store.atomic import sha256_of
 from raecli.store.checkpoint import load_optimizer, optimizer_tensors, save_checkpoint, save_final
 from raecli.store.latent_cache import LatentCache, check_cache, open_cache
 from raecli.store.resolve import latents_config
-from raecli.store.run_folder import MetricsLog
 from raecli.store.statistics import LatentStatistics
 from raecli.training.beginning import begin_run
 from raecli.training.distributed import Ranks, check_batch, data_parallel, decode_threads
 from raecli.training.ema import Ema
 from raecli.training.meter import Meter
 from raecli.training.optimizer import clip_gradients, optimizer_of, rate_at, set_learning_rate
-from raecli.training.progress import Progress
 from raecli.training.stopping import StopRequest
 
 ADVERSARY = "adversary."  # begins the keys of a checkpoint's optimizer.safetensors that are the adversary's
@@ -77,25 +76,40 @@ def train(
     """The loop: crops, rate, step, figures, checkpoint."""
     stop, samples = StopRequest(ranks), len(crops.source.items)
     save_every = duration_in_steps(recipe.save_every, samples, recipe.batch_size)
-    log = MetricsLog(Path(recipe.output), state.step) if ranks.is_main else None
-    meter = Meter(log, ranks, log_every=recipe.log_every, batch_size=recipe.batch_size)
-    progress = Progress(total, "steps", "train-decoder", shown=ranks.is_main, done=state.step)
     validation = open_validation(recipe, cache, samples, ranks)
-    for batch in ahead(lambda step: crops.crops(share_of(step, recipe, ranks)), range(state.step, total)):
-        rates = set_rates(state, total, samples, recipe)
-        losses, norms = train_step(state, batch, recipe, ranks)
-        state.step += 1
-        stopping = stop.agreed()
-        meter.record(state.step, losses, norms | rates, progress, last=stopping or state.step == total)
-        if validation and not stopping and validation.is_due(state.step, total):
-            figures, _ = validation.measure(state.step, state.learner.model, state.ema.weights(), state.learner.encoder)
-            if log:
-                log.write({"step": state.step, **figures})
-        if state.step % save_every == 0 or state.step == total or stopping:
-            save(state, recipe, cache.statistics, ranks)
-        if stopping and state.step < total:
-            raise stop.error()
-    progress.close()
+    flops = training_flops(recipe, cache)
+    with Meter(recipe, ranks, first_step=state.step, total_steps=total, samples=samples, training_flops=flops) as meter:
+        batches = ahead(lambda step: crops.crops(share_of(step, recipe, ranks)), range(state.step, total))
+        for batch in meter.timed(batches):
+            rates = set_rates(state, total, samples, recipe)
+            figures = train_step(state, batch, recipe, ranks)
+            state.step += 1
+            stopping = stop.agreed()
+            meter.record(state.step, figures, rates, last=stopping or state.step == total)
+            if validation and not stopping and validation.is_due(state.step, total):
+                validate(validation, state, meter)
+            if state.step % save_every == 0 or state.step == total or stopping:
+                with meter.aside("save"):
+                    save(state, recipe, cache.statistics, ranks)
+            if stopping and state.step < total:
+                raise stop.error()
+
+
+def validate(validation: Validation, state: State, meter: Meter) -> None:
+    """Measure the averaged decoder on images that it does not learn from; tell and show what came out."""
+    learner = state.learner
+    with meter.aside("evaluate"):
+        figures, sheet = validation.measure(state.step, learner.model, state.ema.weights(), learner.encoder)
+    meter.tell(state.step, figures)
+    if sheet:
+        meter.show(state.step, "samples", sheet)
+
+
+def training_flops(recipe: TrainDecoderRecipe, cache: LatentCache) -> float:
+    """FLOPs of one image's forward and backward in the decoder alone; frozen networks are not counted."""
+    channels, side, _ = cache.manifest.latent_shape
+    sizes = recipe.decoder.model_dump(exclude={"heads"})
+    return 3 * 2 * decoder_macs(in_channels=channels, tokens_side=side, **sizes).executed
 
 
 def check_inputs(recipe: TrainDecoderRecipe) -> None:
@@ -196,10 +210,8 @@ def set_rates(state: State, total: int, samples: int, recipe: TrainDecoderRecipe
     return rates
 
 
-def train_step(
-    state: State, crops: Crops, recipe: TrainDecoderRecipe, ranks: Ranks
-) -> tuple[dict[str, Tensor], dict[str, float]]:
-    """One optimiser step of the decoder, and one of its adversary; this rank's mean losses, the gradients' norms."""
+def train_step(state: State, crops: Crops, recipe: TrainDecoderRecipe, ranks: Ranks) -> dict[str, Tensor | float]:
+    """One optimiser step of the decoder, and one of its adversary; this rank's mean losses and the gradients' norms."""
     learner, adversary, limit = state.learner, state.adversary, recipe.optimizer.clip_norm
     parts = learner.parts(crops)
     heard = adversary if adversary and state.step >= adversary.generator_start else None
@@ -219,7 +231,7 @@ def train_step(
     if adversary and learns:
         adversary.optimizer.step()
         adversary.optimizer.zero_grad(set_to_none=True)
-    return losses, figures
+    return {**losses, **figures}
 
 
 def check_finite_step(

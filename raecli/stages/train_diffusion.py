@@ -16,10 +16,12 @@ from torch import Tensor, nn
 from raecli.data.feed import ahead
 from raecli.data.order import normals, stream_slice, uniforms
 from raecli.errors import InputError, NonFiniteError
+from raecli.evaluation.generation import EVALUATED, Generation, prepare_generation
 from raecli.flow.path import flow_loss, noisy_latents
 from raecli.flow.time import training_time
 from raecli.models.build import diffusion_of
 from raecli.models.dit import parameter_count
+from raecli.models.flops import diffusion_macs
 from raecli.models.layers import Block
 from raecli.recipe.recipes import TrainDiffusionRecipe
 from raecli.recipe.spec import duration_in_steps
@@ -27,14 +29,12 @@ from raecli.store.checkpoint import load_optimizer, optimizer_tensors, save_chec
 from raecli.store.latent_cache import LatentCache, check_cache, damaged, open_cache
 from raecli.store.manifest import MANIFEST
 from raecli.store.resolve import latents_config
-from raecli.store.run_folder import MetricsLog
 from raecli.store.statistics import LatentStatistics
 from raecli.training.beginning import begin_run
 from raecli.training.distributed import Ranks, check_batch, data_parallel
 from raecli.training.ema import Ema
 from raecli.training.meter import Meter
 from raecli.training.optimizer import clip_gradients, optimizer_of, rate_at, set_learning_rate
-from raecli.training.progress import Progress
 from raecli.training.stopping import StopRequest
 
 VERIFY_BYTES = 32e9  # caches up to this size are held against their digests before training
@@ -79,21 +79,62 @@ def train(state: State, cache: LatentCache, total: int, recipe: TrainDiffusionRe
     """The loop: batch, rate, step, figures, checkpoint."""
     stop, statistics = StopRequest(ranks), cache.statistics.to(ranks.device)
     save_every = duration_in_steps(recipe.save_every, len(cache), recipe.batch_size)
-    log = MetricsLog(Path(recipe.output), state.step) if ranks.is_main else None
-    meter = Meter(log, ranks, log_every=recipe.log_every, batch_size=recipe.batch_size)
-    progress = Progress(total, "steps", "train-diffusion", shown=ranks.is_main, done=state.step)
-    for batch in ahead(lambda step: make_batch(cache, step, recipe, ranks), range(state.step, total)):
-        set_learning_rate(state.optimizer, rate_at(state.step, total, len(cache), recipe))
-        loss, norm = train_step(state, batch, statistics, recipe, ranks)
-        state.step += 1
-        stopping = stop.agreed()
-        figures = {"gradient_norm": norm, "learning_rate": state.optimizer.param_groups[0]["lr"]}
-        meter.record(state.step, {"loss": loss}, figures, progress, last=stopping or state.step == total)
-        if state.step % save_every == 0 or state.step == total or stopping:
-            save(state, recipe, cache, ranks)
-        if stopping and state.step < total:
-            raise stop.error()
-    progress.close()
+    generation = prepare_generation(recipe.evaluation, recipe, cache, ranks) if recipe.evaluation else None
+    flops = training_flops(recipe)
+    with Meter(
+        recipe, ranks, first_step=state.step, total_steps=total, samples=len(cache), training_flops=flops
+    ) as meter:
+        evaluate_if_due(state, generation, total, recipe, meter)  # a run that was stopped before it could
+        batches = ahead(lambda step: make_batch(cache, step, recipe, ranks), range(state.step, total))
+        for batch in meter.timed(batches):
+            rate = rate_at(state.step, total, len(cache), recipe)
+            set_learning_rate(state.optimizer, rate)
+            loss, norm = train_step(state, batch, statistics, recipe, ranks)
+            state.step += 1
+            stopping = stop.agreed()
+            losses = {"loss": loss, "gradient_norm": norm}
+            meter.record(state.step, losses, {"learning_rate": rate}, last=stopping or state.step == total)
+            if state.step % save_every == 0 or state.step == total or stopping:
+                with meter.aside("save"):
+                    save(state, recipe, cache, ranks)
+            if stopping and state.step < total:
+                raise stop.error()
+            evaluate_if_due(state, generation, total, recipe, meter)
+
+
+def evaluate_if_due(
+    state: State, generation: Generation | None, total: int, recipe: TrainDiffusionRecipe, meter: Meter
+) -> None:
+    """Samples and FID of the averaged weights, every `evaluation.every` and at the end; not twice for one step."""
+    if generation is None or not generation.is_due(state.step, total) or meter.has_told(state.step, EVALUATED):
+        return
+    with meter.aside("evaluate"):
+        model = averaged_model(state, recipe)
+        figures, sheet = generation.measure(model, state.step)
+    meter.tell(state.step, figures)
+    if sheet:
+        meter.show(state.step, "sheet", sheet)  # "samples" is a figure of the log
+
+
+def averaged_model(state: State, recipe: TrainDiffusionRecipe) -> nn.Module:
+    """A second module around the averages themselves, never compiled: what runs is what final/ will hold.
+
+    Swapping weights under the training module would leave its compiled blocks a chance to run the raw ones.
+    """
+    with torch.device("meta"):
+        model = diffusion_of(recipe.model)
+    model.load_state_dict(state.ema.weights(), assign=True)  # no copy
+    for name, buffer in state.model.named_buffers():  # also those that are in no state dict
+        owner, _, leaf = name.rpartition(".")
+        setattr(model.get_submodule(owner), leaf, buffer)
+    model.time_shift = recipe.flow.time_shift
+    return model.eval().requires_grad_(False)
+
+
+def training_flops(recipe: TrainDiffusionRecipe) -> float:
+    """FLOPs of one image's forward and backward, as executed: a backward is two forwards."""
+    keys = ("in_channels", "input_size", "patch_size", "width", "depth", "head_width", "head_depth", "mlp_ratio")
+    return 3 * 2 * diffusion_macs(**{key: getattr(recipe.model, key) for key in keys}).executed
 
 
 def open_verified(recipe: TrainDiffusionRecipe, ranks: Ranks) -> LatentCache:

@@ -8,12 +8,26 @@ from pathlib import Path
 from typing import Any
 
 from raecli.errors import InputError
+from raecli.recipe.blocks import TrackingSpec
 from raecli.recipe.load import dump_recipe, load_recipe
 from raecli.recipe.spec import Spec
 from raecli.store.atomic import write_json, write_text
+from raecli.store.tracking import open_sinks
 
 # May change when a run goes on. A run at a constant rate may also be made longer.
-OPERATIONAL = {"log_every", "save_every", "keep_checkpoints", "micro_batch_size", "compile", "output", "validation"}
+OPERATIONAL = {
+    "log_every",
+    "tracking",
+    "peak_tflops",
+    "evaluation",
+    "validation",
+    "save_every",
+    "keep_checkpoints",
+    "micro_batch_size",
+    "compile",
+    "output",
+}
+METRICS = "metrics.jsonl"
 
 
 def prepare_run(run: Path, recipe: Spec, world: int) -> None:
@@ -50,18 +64,45 @@ def environment() -> dict[str, Any]:
 
 
 class MetricsLog:
-    """metrics.jsonl: one JSON object a line, by step. On resume, lines after the resumed step are dropped."""
+    """metrics.jsonl: one JSON object a line, by step. On resume, lines after the resumed step are dropped.
 
-    def __init__(self, run: Path, first_step: int) -> None:
-        self.path = run / "metrics.jsonl"
+    What the recipe's `tracking` asks for is told the same.
+    """
+
+    def __init__(
+        self,
+        run: Path,
+        first_step: int,
+        tracking: TrackingSpec | None = None,
+        config: dict[str, Any] | None = None,
+    ) -> None:
+        self.path = run / METRICS
         lines = self.path.read_text(encoding="utf-8").splitlines() if self.path.exists() else []
         kept = [line for line in lines if is_before(line, first_step)]
         write_text(self.path, "".join(f"{line}\n" for line in kept))
+        self.sinks = open_sinks(tracking or TrackingSpec(), run, first_step, config or {})
 
     def write(self, figures: dict[str, float | int]) -> None:
         """Append one line; figures hold `step`."""
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(figures) + "\n")
+        others = {name: value for name, value in figures.items() if name != "step"}
+        for sink in self.sinks:
+            sink.write(int(figures["step"]), others)
+
+    def picture(self, step: int, name: str, png: Path) -> None:
+        """Show a picture where pictures are shown; it lies in the run's folder already."""
+        for sink in self.sinks:
+            sink.picture(step, name, png)
+
+    def has(self, step: int, key: str) -> bool:
+        """Whether a line of this step holds this key."""
+        return any(line["step"] == step and key in line for line in read_metrics(self.path.parent))
+
+    def close(self) -> None:
+        """Nothing comes after this."""
+        for sink in self.sinks:
+            sink.close()
 
 
 def is_before(line: str, step: int) -> bool:
@@ -70,3 +111,12 @@ def is_before(line: str, step: int) -> bool:
         return int(json.loads(line)["step"]) <= step
     except (ValueError, KeyError, TypeError):
         return False
+
+
+def read_metrics(run: Path) -> list[dict[str, Any]]:
+    """The lines of a run's metrics.jsonl, the last one left out where it is cut. [] if there is no such file."""
+    path = run / METRICS
+    if not path.is_file():
+        return []
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    return [json.loads(line) for line in lines if is_before(line, sys.maxsize)]

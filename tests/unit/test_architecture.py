@@ -97,6 +97,7 @@ VERBS = [
     "recipes",
     "convert",
     "fetch",
+    "plot",
 ]
 
 

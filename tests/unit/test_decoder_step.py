@@ -139,7 +139,7 @@ def test_before_its_start_the_adversary_neither_learns_nor_is_heard():
     seen = []
     for step in range(3):
         state.step = step
-        losses, _ = train_step(state, crops(6 * step), recipe, ONE)
+        losses = train_step(state, crops(6 * step), recipe, ONE)
         seen.append((losses["discriminator"].item() > 0, losses["lambda"].item() > 0))
         if step == 0:
             now = state.adversary.discriminator.heads.state_dict()
