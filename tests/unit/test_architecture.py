@@ -17,6 +17,7 @@ FLOORS = {
     **dict.fromkeys(("data", "models", "flow", "losses", "metrics", "training"), 3),
     "convert": 3.5,  # holds what it converts against the modules of models/
     "evaluation": 3.5,  # metrics of images through networks, over ranks: what evaluating and training stages share
+    "sampling": 3.75,  # noise to images: models, labels, decoding; a sweep measures them by evaluation/
     "stages": 4,
 }
 DOOR = {"__init__", "__main__", "launch", "plan", "cli"}  # above all floors
