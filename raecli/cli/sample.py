@@ -53,7 +53,9 @@ def sample(
     time_grid: Annotated[
         Literal["paper", "released"] | None, typer.Option(help="To t = 0, or as the release [default: paper].")
     ] = None,
-    guidance_scale: Annotated[float | None, typer.Option("--guidance-scale", "-g", help="1: none [default: 1].")] = None,
+    guidance_scale: Annotated[
+        float | None, typer.Option("--guidance-scale", "-g", help="1: none [default: 1].")
+    ] = None,
     guidance_interval: Annotated[
         tuple[float, float] | None, typer.Option(help="Low and high shifted time [default: 0 1].")
     ] = None,
@@ -74,7 +76,9 @@ def sample(
         Literal["round", "floor"] | None, typer.Option(help="floor: as the release [default: round].")
     ] = None,
     grid: Annotated[int | None, typer.Option(help="Images in grid.png; 0: none [default: 100].")] = None,
-    trajectory: Annotated[int | None, typer.Option(help="Images in trajectory.png, from noise on [default: 0].")] = None,
+    trajectory: Annotated[
+        int | None, typer.Option(help="Images in trajectory.png, from noise on [default: 0].")
+    ] = None,
     guidance_sweep: Annotated[
         str | None, typer.Option(help="Try scales, e.g. 1.0,1.2,1.5, and measure each against --ref.")
     ] = None,
@@ -188,7 +192,9 @@ def recipe_of(first: str, rest: list[str], options: dict[str, Any], sweep: dict[
     check_words(outputs, overrides, most_outputs=1, of_model=True)
     check_sweep(sweep, "autoencoder" in options)
     blocks = {"sweep": sweep} if sweep else {}
-    return recipe_from_options(SampleRecipe, {"stage": "sample", "model": first, "output": outputs[0]} | options | blocks)
+    return recipe_from_options(
+        SampleRecipe, {"stage": "sample", "model": first, "output": outputs[0]} | options | blocks
+    )
 
 
 def is_recipe(word: str, with_autoencoder: bool) -> bool:

@@ -83,7 +83,9 @@ def solve(
     wanted = torch.tensor([labels[index] for index in batch], device=device)
     drawn = range(recipe.steps - 1 if recipe.solver == "sde" else 0)
     with (
-        contextlib.closing(ahead(lambda step: normals(shape, recipe.seed, f"sde/{step}", batch, "cpu"), drawn)) as draws,
+        contextlib.closing(
+            ahead(lambda step: normals(shape, recipe.seed, f"sde/{step}", batch, "cpu"), drawn)
+        ) as draws,
         torch.autocast(device.type, torch.bfloat16, enabled=recipe.precision == "bf16"),
         told_out_of_memory(len(batch)),
     ):

@@ -53,9 +53,7 @@ def sweep_trials(recipe: SampleRecipe, told: SweepSpec, time_shift: float) -> li
     trials: dict[str, Trial] = {}
     for interval in told.intervals:
         for scale in told.scales:
-            counts = evaluation_counts(
-                times, solver=recipe.solver, guidance_scale=scale, guidance_interval=interval
-            )
+            counts = evaluation_counts(times, solver=recipe.solver, guidance_scale=scale, guidance_interval=interval)
             guided = counts[1] > 0
             name = f"scale-{scale:g}_interval-{interval[0]:g}-{interval[1]:g}" if guided else "unguided"
             update = {
