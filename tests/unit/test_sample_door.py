@@ -81,7 +81,7 @@ def test_guides_are_held_against_the_model(tiny, tmp_path):
         checked(asked(tiny, tmp_path, guide=guide, guidance_scale=1.5), dry_run=False)
     with pytest.raises(InputError, match="label 1 is 'cherry' there and 'banana' here"):
         checked(asked(tiny, tmp_path, guide="other"), dry_run=False)
-    with pytest.raises(InputError, match="knows 2 classes, .* 3"):
+    with pytest.raises(InputError, match=r"knows 2 classes, .* 3"):
         checked(asked(tiny, tmp_path, guide="two"), dry_run=False)
     with pytest.raises(CheckpointError, match=r"no trained model here"):
         checked(asked(tiny, tmp_path, guide="nothing"), dry_run=False)
