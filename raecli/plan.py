@@ -28,15 +28,29 @@ def plan_lines(recipe: Spec) -> list[str]:
     if isinstance(recipe, TrainDiffusionRecipe | TrainDecoderRecipe):
         return [*model_lines(recipe), *step_lines(recipe)]
     if isinstance(recipe, SampleRecipe):
-        evaluations = recipe.steps - (recipe.time_grid == "released")
-        if recipe.solver == "heun":
-            evaluations = 2 * evaluations - (recipe.time_grid == "paper")
-        return [f"{recipe.num} images, {evaluations} evaluations of the model each, without guidance's second ones"]
+        return sample_lines(recipe)
     if isinstance(recipe, ReconstructRecipe):
         from raecli.data.images import open_images
 
         return [f"{len(open_images(recipe.source).items)} images"]
     return []
+
+
+def sample_lines(recipe: SampleRecipe) -> list[str]:
+    """Images, and what each costs, where the models are there already."""
+    from raecli.store.model_cards import is_there, read_autoencoder_card, read_diffusion_card
+
+    end = "to t = 0" if recipe.time_grid == "paper" else "as released, ending short of t = 0"
+    lines = [f"{recipe.num} images, {recipe.steps} steps of {recipe.solver} {end}, {recipe.precision}"]
+    if recipe.sweep:
+        lines[0] += f"; for each of scales {recipe.sweep.scales} in intervals {recipe.sweep.intervals}"
+    if not all(is_there(path) for path in (recipe.model, recipe.autoencoder, recipe.guide) if path):
+        return lines
+    from raecli.sampling.cost import cost_lines
+
+    model = read_diffusion_card(recipe.model)
+    guide = read_diffusion_card(recipe.guide) if recipe.guide else None
+    return [*lines, *cost_lines(recipe, model, guide, read_autoencoder_card(recipe.autoencoder, model))]
 
 
 def cache_lines(recipe: EncodeCacheRecipe) -> list[str]:

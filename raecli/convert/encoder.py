@@ -8,8 +8,9 @@ from typing import Any
 from pydantic import ValidationError
 
 from raecli.errors import CheckpointError, UsageError
-from raecli.models.load import artifact_folder, located
+from raecli.models.load import located
 from raecli.recipe.blocks import EncoderSpec
+from raecli.store.artifact import artifact_folder
 from raecli.store.checkpoint import CONFIG
 from raecli.store.encoder_config import read_json
 from raecli.store.encoders import resolve_encoder

@@ -6,7 +6,7 @@ import torch
 
 from raecli.convert.source import only_tensors, read_tensors
 from raecli.errors import CheckpointError, InputError
-from raecli.models.load import artifact_folder
+from raecli.store.artifact import artifact_folder
 from raecli.store.statistics import STATISTICS, VARIANCE_EPS, LatentStatistics, load_statistics
 
 

@@ -17,7 +17,7 @@ from raecli.errors import InputError
 
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg"}
 ARRAY_SUFFIXES = {".npz", ".npy"}
-NOT_SAMPLES = {"grid.png", "picture.png"}  # pictures of many samples that lie beside them
+NOT_SAMPLES = {"grid.png", "picture.png", "trajectory.png"}  # pictures of many samples that lie beside them
 CARD = "samples.json"
 DECODERS = 4  # threads that decode images of a batch
 EXPECTED = "expected a folder of PNG or JPEG images, or an .npz with uint8 arr_0 [N, H, W, 3]"

@@ -14,23 +14,12 @@ from raecli.errors import CheckpointError, InputError
 from raecli.models.autoencoder import Autoencoder
 from raecli.models.build import decoder_of, diffusion_of, encoder_of
 from raecli.recipe.blocks import DecoderSpec, DiffusionModelSpec, EncoderSpec, FlowSpec
+from raecli.store.artifact import CONFIG, artifact_folder
 from raecli.store.atomic import sha256_of
-from raecli.store.checkpoint import CONFIG, EMA, MODEL, STATE, checkpoint_folders
+from raecli.store.checkpoint import EMA, MODEL, STATE
 from raecli.store.encoders import resolve_encoder
 from raecli.store.manifest import differing_fields, encoder_identity, tuples
 from raecli.store.statistics import STATISTICS, LatentStatistics, load_statistics
-
-
-def artifact_folder(path: str | Path) -> Path:
-    """The folder with config.json and weights: final/ of a run, else its newest checkpoint, else the folder itself."""
-    folder = Path(path)
-    if (folder / "final" / CONFIG).is_file():
-        return folder / "final"
-    candidates = [folder, *checkpoint_folders(folder)]
-    for candidate in candidates:
-        if (candidate / CONFIG).is_file():
-            return candidate
-    raise CheckpointError(f"{folder}: no trained model here (no final/, no checkpoints/, no {CONFIG})")
 
 
 def read_artifact(path: str | Path, kind: str) -> tuple[Path, dict[str, Any], dict[str, Tensor]]:

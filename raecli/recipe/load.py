@@ -130,6 +130,11 @@ def recipe_from_options(recipe_class: type[AnySpec], values: dict[str, Any]) -> 
     raise UsageError("; ".join(told))
 
 
+def override_of(key: str, value: Any) -> str:
+    """`key=value` that sets a recipe's key to exactly this plain value, tuples as lists."""
+    return f"{key}={_write_value(value)}"
+
+
 def dump_recipe(spec: Spec) -> str:
     """YAML that `load_recipe` reads back as an equal spec: `stage` first, then the keys in the schema's order."""
     values = spec.to_dict()
@@ -148,6 +153,6 @@ def _write_block(values: dict[str, Any], indent: str) -> list[str]:
 
 
 def _write_value(value: Any) -> str:
-    if isinstance(value, list):
+    if isinstance(value, list | tuple):
         return f"[{', '.join(_write_value(item) for item in value)}]"
     return write_scalar(value)

@@ -98,33 +98,74 @@ class TrainDiffusionRecipe(TrainingRecipe):
     evaluation: GenerationSpec | None = None
 
 
+class SweepSpec(Spec):
+    """Guidance scales and intervals to try, and what their samples are measured against. App. D: "we sweep"."""
+
+    scales: tuple[Positive, ...] = Field(min_length=1, max_length=100)
+    intervals: tuple[tuple[Probability, Probability], ...] = Field(
+        default=((0.0, 1.0),), min_length=1, max_length=100
+    )  # in shifted time, ends included
+    reference: str  # as of `rae eval fid --ref`
+    features: str | None = None  # a classifier's file, an encoder's name or folder, instead of Inception
+    inception: str | None = None  # its weights; None: $RAE_INCEPTION, torch hub's cache
+    print_json: bool = False
+
+    @model_validator(mode="after")
+    def check_intervals(self) -> Self:
+        """Intervals have their ends in order; one network measures."""
+        for low, high in self.intervals:
+            if low > high:
+                raise ValueError(f"interval {low}:{high}: its first number is above its second")
+        if self.features and self.inception:
+            raise ValueError("features and inception exclude one another: FID is measured in one network")
+        return self
+
+
 class SampleRecipe(Spec):
-    """Noise to images."""
+    """Noise to images. App. D and F."""
 
     stage: Literal["sample"]
+    paper: str = "none: options of the command line"  # the row that a recipe file reproduces, or what it is instead
     model: str
     autoencoder: str
     output: str
-    num: int = Field(ge=1, le=100_000_000)
+    num: int = Field(default=64, ge=1, le=1_000_000)  # six digits: names sort as numbers do
     seed: int = 0
     steps: Count = 50
-    solver: Literal["euler", "heun"] = "euler"
+    solver: Literal["euler", "heun", "sde"] = "euler"
+    sde_diffusion: NonNegative = 1.0  # w_t = sde_diffusion x t of solver sde; 0: the ODE. App. I
     time_grid: Literal["paper", "released"] = "paper"
     guidance_scale: Positive = 1.0
     guidance_interval: tuple[Probability, Probability] = (0.0, 1.0)  # in shifted time, ends included
     guide: str | None = None  # the weaker model of AutoGuidance; None: classifier-free guidance
-    classes: tuple[int, ...] | None = None  # None: all of them
+    classes: tuple[int | str, ...] | None = None  # numbers or names; None: all of them
+    unconditional: bool = False  # the null label alone, whatever classes the model knows. App. K
     batch_size: Count = 64
     precision: Precision = "fp32"
+    compile: bool = False  # a block at a time
     format: Literal["png", "npz", "both"] = "png"
     pixel_rounding: Literal["round", "floor"] = "round"
-    grid: int = Field(default=100, ge=0)  # images in grid.png; 0: none
+    grid: int = Field(default=100, ge=0, le=10_000)  # images in grid.png; 0: none
+    trajectory: int = Field(default=0, ge=0, le=100)  # images in trajectory.png; 0: none
+    sweep: SweepSpec | None = None  # None: one set of samples
 
     @model_validator(mode="after")
     def check_interval(self) -> Self:
         """The interval has its ends in order."""
         if self.guidance_interval[0] > self.guidance_interval[1]:
             raise ValueError("guidance_interval: its first number is above its second")
+        return self
+
+    @model_validator(mode="after")
+    def check_labels(self) -> Self:
+        """One way to choose labels; and guidance has something to steer by."""
+        if self.unconditional and self.classes is not None:
+            raise ValueError("unconditional leaves the classes out: give one of unconditional and classes")
+        if self.classes == ():
+            raise ValueError("classes: give one at least, or leave it out for all of them")
+        scales = (self.guidance_scale, *(self.sweep.scales if self.sweep else ()))
+        if self.unconditional and self.guide is None and any(scale != 1 for scale in scales):
+            raise ValueError("unconditional samples have no label to guide by: give guide, a weaker model (App. K)")
         return self
 
 

@@ -12,17 +12,12 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from raecli.errors import CheckpointError, NonFiniteError
+from raecli.store.artifact import CONFIG, checkpoint_folders
 from raecli.store.atomic import atomic_folder, remove_folder, sha256_of, write_json
 from raecli.store.statistics import STATISTICS, LatentStatistics
 from raecli.store.tensors import save_tensors
 
-MODEL, EMA, OPTIMIZER, STATE, CONFIG = (
-    "model.safetensors",
-    "ema.safetensors",
-    "optimizer.safetensors",
-    "state.json",
-    "config.json",
-)
+MODEL, EMA, OPTIMIZER, STATE = "model.safetensors", "ema.safetensors", "optimizer.safetensors", "state.json"
 
 
 @dataclass(frozen=True)
@@ -99,12 +94,6 @@ def save_checkpoint(
     for old in checkpoint_folders(run)[keep:]:
         remove_folder(old)
     return folder
-
-
-def checkpoint_folders(run: Path) -> list[Path]:
-    """A run's checkpoints, the newest first."""
-    folders = [folder for folder in (run / "checkpoints").glob("step-*") if folder.name[5:].isdigit()]
-    return sorted(folders, key=lambda folder: int(folder.name[5:]), reverse=True)
 
 
 def read_checkpoint(folder: Path) -> Checkpoint:

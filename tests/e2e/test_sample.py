@@ -201,3 +201,19 @@ def test_unconditional_training_and_sampling(tmp_path, rae, cache, trained):
     assert set(json.loads((tmp_path / "out" / "samples.json").read_text())["labels"]) == {0}
     guided = ("sample", "free", "guided", "--autoencoder", trained / "decoder", "--guidance-scale", "2")
     assert "no classes to guide by" in rae(*guided, code=2).stderr
+
+
+def test_a_recipe_swept_on_two_ranks_is_measured_as_eval_does(tmp_path, rae, trained, images):
+    told = (f"model={trained / 'model'}", f"autoencoder={trained / 'decoder'}", "steps=4", "precision=fp32")
+    rest = ("compile=false", "format=png", "grid=4", "trajectory=1", "batch_size=4", "solver=sde")
+    options = ("--num", "12", "--guidance-sweep", "1,2", "--interval-sweep", "0:0.5", "--devices", "2", "--json")
+    judge = ("--ref", images, "--features", "digits-mae")
+    rae("recipes", "cp", "sample_dith_xl_256", "mine.yaml")
+    result = rae("sample", "mine.yaml", "out", *told, *rest, *options, *judge)
+    rows = json.loads(result.stdout)["rows"]
+    assert [row["folder"] for row in rows] == ["unguided", "scale-2_interval-0-0.5"]
+    assert {"000011.png", "grid.png", "trajectory.png", "samples.json"} <= {
+        path.name for path in (tmp_path / "out" / "unguided").iterdir()
+    }
+    measured = json.loads(rae("eval", "fid", tmp_path / "out" / rows[1]["folder"], *judge, "--json").stdout)
+    assert measured["fid"] == pytest.approx(rows[1]["fid"], rel=1e-6)

@@ -79,7 +79,7 @@ def test_dit_velocity():
 
 def each_alone(velocity, io: dict[str, Tensor]) -> Tensor:
     """Velocities of samples at times of their own: a guided velocity takes one time a batch."""
-    rows = [velocity(io["x"][i : i + 1], io["t"][i : i + 1], io["y"][i : i + 1]) for i in range(len(io["x"]))]
+    rows = [velocity(io["x"][i : i + 1], float(io["t"][i]), io["y"][i : i + 1]) for i in range(len(io["x"]))]
     return torch.cat(rows)
 
 

@@ -18,6 +18,7 @@ FLOORS = {
     "convert": 3.5,  # holds what it converts against the modules of models/
     "evaluation": 3.5,  # metrics of images through networks, over ranks: what evaluating and training stages share
     "decoding": 3.5,  # the turns of a decoder and its adversary: models, losses, data and training together
+    "sampling": 3.75,  # noise to images: models, labels, decoding; a sweep measures them by evaluation/
     "stages": 4,
 }
 DOOR = {"__init__", "__main__", "launch", "plan", "cli"}  # above all floors

@@ -125,7 +125,7 @@ def test_no_sampler_removes_the_noise_outside_of_the_output_layer(solver, steps,
     tokens, noise = normal(side**2, N_CHANNELS, seed=3), normal(samples, N_CHANNELS, side, side, seed=4)
 
     def velocity(noisy, t, labels):  # double, where the solvers call .float(): their rounding is the tolerance below
-        h = torch.sin(noisy.double().flatten(2).transpose(1, 2) @ trunk) * (1 + t[0])
+        h = torch.sin(noisy.double().flatten(2).transpose(1, 2) @ trunk) * (1 + t)
         return (h @ weight.T + bias).transpose(1, 2).unflatten(2, (side, side))
 
     times = time_grid(steps, kind="paper", time_shift=shift)

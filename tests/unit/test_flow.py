@@ -143,36 +143,24 @@ def test_the_ends_of_the_interval_are_inside_whatever_their_rounding(points):
     for end in (0.1, 0.3, 0.7, 0.9):  # in float32 some lie above, some below
         for interval in ((end, 1.0), (0.0, end)):
             guide = PointMass(points.flip(0))
-            guided_velocity(PointMass(points), scale=2.0, interval=interval, guide=guide)(
-                noisy, torch.tensor([end]), labels
-            )
+            velocity = guided_velocity(PointMass(points), scale=2.0, interval=interval, guide=guide)
+            velocity(noisy, float(torch.tensor(end)), labels)
             assert guide.calls == 1, (end, interval)
 
 
 def test_guidance_of_scale_one_is_the_model_itself(points):
-    model = PointMass(points)
-    assert guided_velocity(model, scale=1.0, null_label=1) is model
+    noisy, labels, guide = torch.randn(2, 2, 2, 2), torch.zeros(2, dtype=torch.long), PointMass(points)
+    found = guided_velocity(PointMass(points), scale=1.0, guide=guide)(noisy, 0.5, labels)
+    assert torch.equal(found, PointMass(points)(noisy, torch.full((2,), 0.5), labels)) and guide.calls == 0
 
 
 def test_guidance_extrapolates_away_from_the_weak_model(points):
     noisy, t, labels = torch.randn(2, 2, 2, 2), torch.full((2,), 0.5), torch.zeros(2, dtype=torch.long)
     strong, weak = PointMass(points)(noisy, t, labels), PointMass(points)(noisy, t, labels + 1)
-    free = guided_velocity(PointMass(points), scale=2.5, null_label=1)(noisy, t, labels)
+    free = guided_velocity(PointMass(points), scale=2.5, null_label=1)(noisy, 0.5, labels)
     torch.testing.assert_close(free, weak + 2.5 * (strong - weak))
-    auto = guided_velocity(PointMass(points), scale=2.5, guide=PointMass(points.flip(0)))(noisy, t, labels)
+    auto = guided_velocity(PointMass(points), scale=2.5, guide=PointMass(points.flip(0)))(noisy, 0.5, labels)
     torch.testing.assert_close(auto, free)
-
-
-def test_the_second_model_runs_inside_the_interval_alone(points):
-    model, guide = PointMass(points), PointMass(points.flip(0))
-    labels, noise = torch.zeros(1, dtype=torch.long), torch.randn(1, 2, 2, 2)
-    sample(
-        model, noise, labels, steps=10, time_shift=1.0, guidance_scale=2.0, guidance_interval=(0.25, 0.75), guide=guide
-    )
-    assert (model.evaluated, guide.evaluated) == (10, 5)  # t = .7, .6, .5, .4, .3
-    model = PointMass(points)
-    sample(model, noise, labels, steps=10, time_shift=1.0, guidance_scale=2.0, guidance_interval=(0.25, 0.75))
-    assert model.evaluated == 15
 
 
 def test_classifier_free_guidance_without_a_null_label_is_refused(points):

@@ -73,8 +73,8 @@ def test_every_shipped_recipe_is_listed_with_its_stage_and_row(capsys):
     rows = json.loads(run(capsys, "ls", "--json"))
     assert rows == [row._asdict() for row in list_recipes()]
     assert [row["name"] for row in rows] == list(shipped_files())
-    assert len(rows) == 35
-    assert {row["stage"] for row in rows} == {"train-decoder", "train-diffusion"}
+    assert len(rows) == 39
+    assert {row["stage"] for row in rows} == {"train-decoder", "train-diffusion", "sample"}
     lines = run(capsys, "ls").splitlines()
     assert len(lines) == len(rows)
     assert all(row["name"] in line and row["paper"] in line for row, line in zip(rows, lines, strict=True))

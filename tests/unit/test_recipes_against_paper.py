@@ -8,7 +8,7 @@ import torch
 from raecli.models.build import diffusion_of
 from raecli.models.decoder import Decoder
 from raecli.recipe.load import dump_recipe, load_recipe
-from raecli.recipe.recipes import RECIPES, TrainDecoderRecipe, TrainDiffusionRecipe
+from raecli.recipe.recipes import RECIPES, SampleRecipe, TrainDecoderRecipe, TrainDiffusionRecipe
 from raecli.recipe.shipped import shipped_files
 from raecli.recipe.strict_yaml import parse_yaml
 
@@ -92,7 +92,14 @@ GFID = {
 DIGITS_DIFFUSION = [f"digits/{name}" for name in ("diffusion", "diffusion_dh", "diffusion_fast", "diffusion_narrow")]
 DIGITS = ["digits/decoder", "digits/decoder_gan", *DIGITS_DIFFUSION]
 PAPER_DECODERS = [*DECODER_RECIPES, *DECODER_512_RECIPES, *TAU_RECIPES]
-ALL = sorted([*DITH, *DIT, *BASELINES, *PAPER_DECODERS, "decoder_b_single_gpu", *DIGITS])
+# Appendices D, F and L, the release's scale at 256 pixels (FACTS section 3): model, autoencoder, scale, guide, figure.
+SAMPLE_RECIPES = {
+    "sample_dith_xl_256": ("dith_xl", "decoder_xl_dinov2b", 1.0, None, "1.53"),
+    "sample_dith_xl_256_autoguidance": ("dith_xl", "decoder_xl_dinov2b", 1.42, "dith_s_ep20", "1.18"),
+    "sample_dith_xl_512_autoguidance": ("dith_xl_512", "decoder_xl_dinov2b_512", 1.5, "dith_s_512_ep20", "1.13"),
+    "sample_dit_xl_dinov2s_cfg": ("dit_xl_dinov2s", "decoder_xl_dinov2s", 1.0, None, "1.41"),
+}
+ALL = sorted([*DITH, *DIT, *BASELINES, *PAPER_DECODERS, "decoder_b_single_gpu", *DIGITS, *SAMPLE_RECIPES])
 RESOLVED = ["model.in_channels=768", "model.input_size=16", "model.num_classes=1000"]
 
 
@@ -113,9 +120,9 @@ def trained(module):
     return sum(parameter.numel() for parameter in module.parameters() if parameter.requires_grad)
 
 
-def test_the_shipped_recipes_are_these_thirty_five():
+def test_the_shipped_recipes_are_these_thirty_nine():
     assert sorted(shipped_files()) == ALL
-    assert len(ALL) == 35
+    assert len(ALL) == 39
 
 
 @pytest.mark.parametrize("name", ALL)
@@ -309,6 +316,26 @@ def test_a_decoder_recipe_has_the_released_number_of_parameters(name):
     # Fixed in the release and counted there: sin-cos positions of 256 tokens and the class token's zeros.
     assert trained(module) + 257 * size.width == PARAMETERS[name]
     assert f"{PARAMETERS[name]:,}" in shipped_files()[name].read_text()
+
+
+@pytest.mark.parametrize("name", sorted(SAMPLE_RECIPES))
+def test_sampling_is_that_of_appendices_d_and_f(name):
+    recipe = load_recipe(SampleRecipe, str(shipped_files()[name]))
+    model, autoencoder, scale, guide, figure = SAMPLE_RECIPES[name]
+    assert (recipe.solver, recipe.steps, recipe.time_grid) == ("euler", 50, "paper")  # App. F
+    assert (recipe.model, recipe.autoencoder) == (f"runs/{model}", f"runs/{autoencoder}")
+    assert (recipe.guidance_scale, recipe.guide) == (scale, guide and f"runs/{guide}")
+    assert recipe.guidance_interval == (0.0, 1.0)  # App. D names an interval for CFG alone
+    assert (recipe.classes, recipe.unconditional, recipe.pixel_rounding) == (None, False, "round")
+    assert re.findall(r"gFID (\d\.\d\d)", recipe.paper) == [figure]
+    if guide:  # DiT-DH-S after 20 epochs, made by the command in the recipe's head
+        text = shipped_files()[name].read_text()
+        assert "rae train-diffusion dith_s " in text and f'duration="20 epochs" output=runs/{guide}' in text
+    if recipe.sweep:  # "careful grid search over scale and interval": the one row of the paper with CFG
+        assert name == "sample_dit_xl_dinov2s_cfg" and len(recipe.sweep.scales) * len(recipe.sweep.intervals) == 40
+        assert (0.0, 1.0) in recipe.sweep.intervals and 1.0 in recipe.sweep.scales
+    else:
+        assert recipe.num == 50_000  # App. J
 
 
 def test_the_digits_settings_are_those_that_were_measured_to_work():
