@@ -123,10 +123,15 @@ def begin_or_resume(recipe: TrainDiffusionRecipe, cache: LatentCache, total: int
         ema.load(checkpoint.ema)
         load_optimizer(model, optimizer, checkpoint.optimizer)
     if recipe.compile:
-        for block in model.modules():
-            if isinstance(block, Block):
-                block.compile()
+        compile_blocks(model)
     return State(model, data_parallel(model, ranks), ema, optimizer, checkpoint.step if checkpoint else 0)
+
+
+def compile_blocks(model: nn.Module) -> None:
+    """Compile each block by itself: one graph serves them all, and DDP still overlaps, because it wraps afterwards."""
+    for block in model.modules():
+        if isinstance(block, Block):
+            block.compile()
 
 
 def make_batch(cache: LatentCache, step: int, recipe: TrainDiffusionRecipe, ranks: Ranks) -> Batch:
