@@ -5,6 +5,7 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 RMS_EPS = 1e-6
 
@@ -79,6 +80,11 @@ class ScaledNorm(torch.autograd.Function):
         return of_x, of_scale, of_shift
 
 
+def norm_dtype(x: Tensor) -> torch.dtype:
+    """float32 at least: a norm of bfloat16 is taken in float32, one of float64 stays what it is."""
+    return torch.promote_types(x.dtype, torch.float32)
+
+
 class RMSNorm(nn.Module):
     """Root-mean-square normalisation in float32 times its weight, then adaLN's x (1 + scale) + shift. eps 1e-6.
 
@@ -91,8 +97,8 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
         """x: [B, N, width]; shift, scale: [B, 1, width], or [B, N, width] in the DDT head. Out in float32."""
-        scale = torch.addcmul(self.weight, self.weight, scale.type_as(self.weight))
-        x, shift = x.type_as(scale), shift.type_as(scale)
+        weight, x, scale, shift = (tensor.to(norm_dtype(x)) for tensor in (self.weight, x, scale, shift))
+        scale = torch.addcmul(weight, weight, scale)
         if not torch.compiler.is_compiling():
             return ScaledNorm.apply(x, scale, shift)
         return torch.addcmul(shift, F.rms_norm(x, (x.shape[-1],), eps=RMS_EPS), scale)
@@ -181,9 +187,16 @@ class Block(nn.Module):
         self.norm2 = RMSNorm(width)
         self.mlp = SwiGLU(width, mlp_ratio)
         self.modulation = nn.Linear(width, 6 * width)
+        self.recomputes = False  # its activations in the backward pass, instead of keeping them
 
     def forward(self, x: Tensor, condition: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         """x: [B, N, width]; condition: [B, 1 or N, width]."""
+        if self.recomputes and torch.is_grad_enabled():
+            return checkpoint(self.body, x, condition, cos, sin, use_reentrant=False, preserve_rng_state=False)
+        return self.body(x, condition, cos, sin)
+
+    def body(self, x: Tensor, condition: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """The block itself."""
         shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(F.silu(condition)).chunk(6, dim=-1)
         x = torch.addcmul(x, gate1, self.attention(self.norm1(x, shift1, scale1), cos, sin))
         return torch.addcmul(x, gate2, self.mlp(self.norm2(x, shift2, scale2)))

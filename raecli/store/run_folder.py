@@ -13,7 +13,10 @@ from raecli.recipe.spec import Spec
 from raecli.store.atomic import write_json, write_text
 
 # May change when a run goes on. A run at a constant rate may also be made longer.
-OPERATIONAL = {"log_every", "save_every", "keep_checkpoints", "micro_batch_size", "compile", "output", "validation"}
+OPERATIONAL = {"log_every", "save_every", "keep_checkpoints", "micro_batch_size", "compile", "output", "validation"} | {
+    "parallel",
+    "checkpoint_activations",
+}
 
 
 def prepare_run(run: Path, recipe: Spec, world: int) -> None:

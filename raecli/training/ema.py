@@ -2,7 +2,8 @@
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
+
+from raecli.store.tensors import as_sharded, is_sharded, whole
 
 ALIGNMENT = 64  # elements: every weight in the flat buffer begins where vector loads like it
 
@@ -18,7 +19,7 @@ class Ema:
     def __init__(self, model: nn.Module, decay: float, *, ramp: bool = False) -> None:
         self.model, self.decay, self.ramp = model, decay, ramp
         parameters = dict(model.named_parameters())
-        if any(isinstance(parameter, DTensor) for parameter in parameters.values()):
+        if any(is_sharded(parameter) for parameter in parameters.values()):
             self.averages = {name: parameter.detach().clone() for name, parameter in parameters.items()}
             self.sources = [parameter.detach().to_local() for parameter in parameters.values()]
             self.targets = [average.to_local() for average in self.averages.values()]
@@ -42,14 +43,19 @@ class Ema:
         weight = 1 - decay if finite is None else (1 - decay) * finite
         torch._foreach_lerp_(self.targets, self.sources, weight)
 
-    def weights(self) -> dict[str, Tensor]:
-        """What the averaged model loads."""
+    def state(self) -> dict[str, Tensor]:
+        """Averages and buffers by their names in the model; sharded where the model is."""
         return {name: self.averages.get(name, value) for name, value in self.model.state_dict().items()}
 
+    def weights(self) -> dict[str, Tensor]:
+        """What the averaged model loads, whole: where the model is sharded, a call that all ranks make together."""
+        return {name: whole(value) for name, value in self.state().items()}
+
+    @torch.no_grad()
     def load(self, weights: dict[str, Tensor]) -> None:
-        """Go on from saved averages."""
+        """Go on from saved averages, which are whole."""
         for name, average in self.averages.items():
-            average.copy_(weights[name])
+            average.copy_(as_sharded(weights[name], average))
 
 
 def flatten(parameters: list[nn.Parameter]) -> Tensor:
