@@ -92,7 +92,8 @@ def save_checkpoint(
     """
     folder = run / "checkpoints" / f"step-{step:07d}"
     folder.parent.mkdir(parents=True, exist_ok=True)
-    check_finite(model | ema, run)
+    check_finite(model, run)
+    check_finite(ema, run)
     with atomic_folder(folder) as scratch:  # one that is there was found bad: it is replaced
         parts = {MODEL: model, EMA: ema, OPTIMIZER: optimizer}
         digests = {name: write_tensors(contiguous(tensors), scratch / name) for name, tensors in parts.items()}

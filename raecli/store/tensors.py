@@ -11,9 +11,9 @@ from torch import Tensor
 
 from raecli.errors import StorageError
 
-DTYPES = {  # safetensors' names
-    torch.float32: "F32", torch.float64: "F64", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64",
-    torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
+DTYPES = {  # safetensors' names, in its order: in a file the last come first
+    torch.bool: "BOOL", torch.uint8: "U8", torch.int8: "I8", torch.int16: "I16", torch.float16: "F16",
+    torch.bfloat16: "BF16", torch.int32: "I32", torch.float32: "F32", torch.float64: "F64", torch.int64: "I64",
 }  # fmt: skip
 PIECE = 1 << 24  # bytes written and hashed at a time, while they are in the cache
 
@@ -51,7 +51,8 @@ def write_tensors(tensors: dict[str, Tensor], path: Path) -> str:
     For a background thread: the lock of Python is not held while bytes are written and hashed, nothing is copied.
     Raises StorageError with the path and the bytes needed if the disk refuses.
     """
-    ordered = sorted(tensors.items(), key=lambda item: (-item[1].element_size(), item[0]))  # aligned, as the library
+    ranks = {dtype: rank for rank, dtype in enumerate(DTYPES)}
+    ordered = sorted(tensors.items(), key=lambda item: (-ranks[item[1].dtype], item[0]))
     digest = hashlib.sha256()
     try:
         with path.open("wb", buffering=0) as file:
