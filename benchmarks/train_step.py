@@ -7,7 +7,7 @@ are timed in eager steps of both sides, on a GPU by torch.profiler, and taken fr
 or not, the products are the same.
 One JSON line a row.
 
-On a GPU: python benchmarks/train_step.py --model dith_xl --device cuda --peer ../RAE [--batch 64] [--compile]
+On a GPU: python benchmarks/train_step.py --model dith_xl --device cuda --peer ../RAE --batch 32 --compile
 On a CPU: python benchmarks/train_step.py --model dith_s --batch 4 --peer ../RAE model.depth=4 [--compile]
 """
 
@@ -145,9 +145,10 @@ def redrawn(model: nn.Module) -> nn.Module:
 
 def random_batch(recipe: TrainDiffusionRecipe) -> Batch:
     """Latents, labels and times of a batch."""
-    shape = (recipe.batch_size, ASSUMED["in_channels"], ASSUMED["input_size"], ASSUMED["input_size"])
+    side = recipe.model.input_size
+    shape = (recipe.batch_size, recipe.model.in_channels, side, side)
     latents: Tensor = torch.randn(shape, dtype=torch.bfloat16)
-    labels, t = torch.randint(1000, (recipe.batch_size,)), torch.rand(recipe.batch_size)
+    labels, t = torch.randint(recipe.model.num_classes, (recipe.batch_size,)), torch.rand(recipe.batch_size)
     return Batch(range(recipe.batch_size), ["random"] * recipe.batch_size, latents, labels, t)
 
 
@@ -167,7 +168,7 @@ def main() -> None:
     recipe = resolved_recipe(told.model, told.overrides, told.batch, told.device)
     batch, model, code = random_batch(recipe), redrawn(diffusion_of(recipe.model)), released_code(told.peer)
     theirs = released_model(code, recipe.model, model.state_dict())
-    difference = largest_difference(model, theirs, batch.latents.float(), batch.t, batch.labels)
+    difference = largest_difference(model, theirs, batch.latents[:2].float(), batch.t[:2], batch.labels[:2])
     assert difference < 1e-5, f"outputs differ by {difference}: the two sides are not the same model"
     model, theirs = model.to(ranks.device), theirs.to(ranks.device)
     steps = [our_step(model, batch, recipe, ranks), their_step(code, theirs, batch, recipe, ranks)]

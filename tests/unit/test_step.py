@@ -79,11 +79,13 @@ def test_recomputed_activations_give_the_same_gradients_to_the_bit():
         assert torch.equal(ours, theirs)
 
 
-def test_compiled_blocks_compute_what_eager_ones_do_and_share_the_models_weights():
+@pytest.mark.parametrize("recomputes", [False, True])
+def test_compiled_blocks_compute_what_eager_ones_do_and_share_the_models_weights(recomputes):
     model = small_model()
     eager = gradients(copy.deepcopy(model))
     for block in model.modules():
         if isinstance(block, Block):
+            block.recomputes = recomputes
             block.compile(backend="aot_eager")  # the graph without its code: seconds instead of a minute
     for ours, theirs in zip(gradients(model), eager, strict=True):
         torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
