@@ -40,8 +40,12 @@ class Ema:
         finite: a scalar, 0 where the step was not taken: then nothing changes.
         """
         decay = min(self.decay, (1 + step) / (10 + step)) if self.ramp else self.decay
-        weight = 1 - decay if finite is None else (1 - decay) * finite
-        torch._foreach_lerp_(self.targets, self.sources, weight)
+        if finite is None:
+            torch._foreach_lerp_(self.targets, self.sources, 1 - decay)
+            return
+        weight = (1 - decay) * finite
+        for target, source in zip(self.targets, self.sources, strict=True):
+            target.lerp_(source, weight)  # _foreach_lerp_ would ask the device for its number
 
     def state(self) -> dict[str, Tensor]:
         """Averages and buffers by their names in the model; sharded where the model is."""
