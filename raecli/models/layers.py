@@ -5,6 +5,9 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+RMS_EPS = 1e-6
 
 
 def sincos_positions(side: int, width: int) -> Tensor:
@@ -35,21 +38,70 @@ def rotary_angles(side: int, head_channels: int) -> Tensor:
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn interleaved channel pairs by their angles. x: [..., tokens, channels]; cos, sin: [tokens, channels / 2]."""
-    first, second = x[..., 0::2], x[..., 1::2]
-    return torch.stack([first * cos - second * sin, second * cos + first * sin], dim=-1).flatten(-2)
+    """Turn interleaved channel pairs by their angles. x: [..., channels], float; cos, sin: [..., channels / 2].
+
+    A complex product: one pass where the real form takes four. A compiler fuses the real form and knows no complex.
+    """
+    if torch.compiler.is_compiling():
+        first, second = x.unflatten(-1, (-1, 2)).unbind(-1)
+        return torch.stack([first * cos - second * sin, second * cos + first * sin], dim=-1).flatten(-2)
+    turned = torch.view_as_complex(x.unflatten(-1, (-1, 2))) * torch.complex(cos, sin)
+    return torch.view_as_real(turned).flatten(-2)
+
+
+class ScaledNorm(torch.autograd.Function):
+    """x / rms(x) times a scale plus a shift, in as few passes over memory as it takes, forward and backward.
+
+    With n = x / rms and p = grad n: the gradient of the scale is p, of the shift grad, both summed over tokens where
+    they are one an image; of x it is (grad scale - n mean(p scale)) / rms.
+    """
+
+    @staticmethod
+    def forward(ctx, x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+        """x: float32 [B, N, width]; scale, shift: float32 [B, 1 or N, width]."""
+        width = x.shape[-1]
+        inverse = (torch.linalg.vector_norm(x, dim=-1, keepdim=True).square() / width + RMS_EPS).rsqrt()
+        normed = x * inverse
+        ctx.save_for_backward(normed, inverse, scale)
+        return torch.addcmul(shift, normed, scale)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Gradients of x, scale and shift."""
+        normed, inverse, scale = ctx.saved_tensors
+        product = gradient * normed
+        if scale.shape[1] == 1:  # one an image: the mean is a matrix-vector product, the gradients are sums
+            along = product @ scale.mT
+            of_scale, of_shift = product.sum(1, keepdim=True), gradient.sum(1, keepdim=True)
+        else:
+            along = torch.linalg.vecdot(product, scale)[..., None]
+            of_scale, of_shift = product, gradient
+        of_x = torch.addcmul(gradient * scale, normed, along, value=-1 / normed.shape[-1]) * inverse
+        return of_x, of_scale, of_shift
+
+
+def norm_dtype(x: Tensor) -> torch.dtype:
+    """float32 at least: a norm of bfloat16 is taken in float32, one of float64 stays what it is."""
+    return torch.promote_types(x.dtype, torch.float32)
 
 
 class RMSNorm(nn.Module):
-    """Root-mean-square normalisation in float32, cast back, then times the weight. eps 1e-6."""
+    """Root-mean-square normalisation in float32 times its weight, then adaLN's x (1 + scale) + shift. eps 1e-6.
+
+    Weight and scale are multiplied first: one an image, that is a row instead of a pass over all tokens.
+    """
 
     def __init__(self, width: int) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.ones(width))
 
-    def forward(self, x: Tensor) -> Tensor:
-        """[..., width] -> [..., width]."""
-        return F.rms_norm(x.float(), (x.shape[-1],), eps=1e-6).type_as(x) * self.weight
+    def forward(self, x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+        """x: [B, N, width]; shift, scale: [B, 1, width], or [B, N, width] in the DDT head. Out in float32."""
+        weight, x, scale, shift = (tensor.to(norm_dtype(x)) for tensor in (self.weight, x, scale, shift))
+        scale = torch.addcmul(weight, weight, scale)
+        if not torch.compiler.is_compiling():
+            return ScaledNorm.apply(x, scale, shift)
+        return torch.addcmul(shift, F.rms_norm(x, (x.shape[-1],), eps=RMS_EPS), scale)
 
 
 class Attention(nn.Module):
@@ -63,8 +115,10 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         """[B, N, width] -> [B, N, width]; cos, sin: [N, width / heads / 2]."""
-        queries, keys, values = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
-        queries, keys = rotate(queries, cos, sin).type_as(values), rotate(keys, cos, sin).type_as(values)
+        projected = self.qkv(x).unflatten(-1, (3, self.heads, -1))  # [B, N, 3, heads, channels]
+        pair, values = projected.split((2, 1), dim=2)
+        turned = rotate(pair.type_as(cos), cos[:, None, None], sin[:, None, None]).type_as(values)
+        queries, keys, values = (part.transpose(1, 2) for part in (*turned.unbind(2), values.squeeze(2)))
         mixed = F.scaled_dot_product_attention(queries, keys, values)  # [B, heads, N, channels]
         return self.out(mixed.transpose(1, 2).flatten(2))
 
@@ -117,14 +171,10 @@ class TimeEmbed(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(2 * frequencies, width), nn.SiLU(), nn.Linear(width, width))
 
     def forward(self, t: Tensor) -> Tensor:
-        """t: [B] in [0, 1] -> [B, width]. The phase 2 pi t W is taken in float32, whatever the autocast."""
+        """t: [B] in [0, 1] -> [B, width]. In float32, whatever the autocast: one row an image costs nothing."""
         phase = 2 * math.pi * t.float()[:, None] * self.frequencies
-        return self.mlp(torch.cat([phase.sin(), phase.cos()], dim=-1))
-
-
-def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """x (1 + scale) + shift; shift and scale: [B, 1, width], or [B, N, width] in the DDT head."""
-    return torch.addcmul(shift, x, 1 + scale)
+        with torch.autocast(t.device.type, enabled=False):
+            return self.mlp(torch.cat([phase.sin(), phase.cos()], dim=-1))
 
 
 class Block(nn.Module):
@@ -137,12 +187,19 @@ class Block(nn.Module):
         self.norm2 = RMSNorm(width)
         self.mlp = SwiGLU(width, mlp_ratio)
         self.modulation = nn.Linear(width, 6 * width)
+        self.recomputes = False  # its activations in the backward pass, instead of keeping them
 
     def forward(self, x: Tensor, condition: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         """x: [B, N, width]; condition: [B, 1 or N, width]."""
+        if self.recomputes and torch.is_grad_enabled():
+            return checkpoint(self.body, x, condition, cos, sin, use_reentrant=False, preserve_rng_state=False)
+        return self.body(x, condition, cos, sin)
+
+    def body(self, x: Tensor, condition: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """The block itself."""
         shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(F.silu(condition)).chunk(6, dim=-1)
-        x = torch.addcmul(x, gate1, self.attention(modulate(self.norm1(x), shift1, scale1), cos, sin))
-        return torch.addcmul(x, gate2, self.mlp(modulate(self.norm2(x), shift2, scale2)))
+        x = torch.addcmul(x, gate1, self.attention(self.norm1(x, shift1, scale1), cos, sin))
+        return torch.addcmul(x, gate2, self.mlp(self.norm2(x, shift2, scale2)))
 
 
 class FinalLayer(nn.Module):
@@ -157,4 +214,4 @@ class FinalLayer(nn.Module):
     def forward(self, x: Tensor, condition: Tensor) -> Tensor:
         """x: [B, N, width], condition: [B, 1 or N, width] -> [B, N, out_channels]."""
         shift, scale = self.modulation(F.silu(condition)).chunk(2, dim=-1)
-        return self.linear(modulate(self.norm(x), shift, scale))
+        return self.linear(self.norm(x, shift, scale))

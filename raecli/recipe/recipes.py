@@ -95,6 +95,10 @@ class TrainDiffusionRecipe(TrainingRecipe):
     flow: FlowSpec
     label_dropout: Probability = 0.1
     horizontal_flip: bool = True  # use the cache's flipped views, where it has them
+    parallel: Literal["ddp", "fsdp"] = "ddp"  # every rank has the whole state | each a share of it
+    checkpoint_activations: bool = (
+        False  # blocks compute theirs again in the backward pass: less memory, a third slower
+    )
     evaluation: GenerationSpec | None = None
 
 

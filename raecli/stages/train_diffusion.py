@@ -4,9 +4,8 @@ Everything random is a function of (seed, position in the stream of samples): th
 after a restart.
 """
 
-import contextlib
-import math
-from dataclasses import dataclass
+import functools
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -25,17 +24,19 @@ from raecli.models.flops import diffusion_macs
 from raecli.models.layers import Block
 from raecli.recipe.recipes import TrainDiffusionRecipe
 from raecli.recipe.spec import duration_in_steps
-from raecli.store.checkpoint import load_optimizer, optimizer_tensors, save_checkpoint, save_final
+from raecli.store.checkpoint import check_space, load_optimizer, optimizer_tensors, save_final
+from raecli.store.checkpoint_writer import CheckpointWriter
 from raecli.store.latent_cache import LatentCache, check_cache, damaged, open_cache
 from raecli.store.manifest import MANIFEST
 from raecli.store.resolve import latents_config
 from raecli.store.statistics import LatentStatistics
 from raecli.training.beginning import begin_run
-from raecli.training.distributed import Ranks, check_batch, data_parallel
+from raecli.training.distributed import Ranks, check_batch, data_parallel, fully_sharded, gradients_held
 from raecli.training.ema import Ema
 from raecli.training.meter import Meter
-from raecli.training.optimizer import clip_gradients, optimizer_of, rate_at, set_learning_rate
+from raecli.training.optimizer import optimizer_of, rate_at, set_learning_rate, take_step
 from raecli.training.stopping import StopRequest
+from raecli.training.verdict import Verdict
 
 VERIFY_BYTES = 32e9  # caches up to this size are held against their digests before training
 
@@ -47,8 +48,9 @@ class State:
     model: nn.Module
     forward: nn.Module  # the model, under DDP where there are several ranks
     ema: Ema
-    optimizer: torch.optim.Optimizer
+    optimizer: torch.optim.AdamW
     step: int
+    verdict: Verdict = field(default_factory=Verdict)  # of the last step's gradient
 
 
 @dataclass(frozen=True)
@@ -69,13 +71,24 @@ def run(recipe: TrainDiffusionRecipe, ranks: Ranks) -> None:
         cache = open_verified(recipe, ranks)
         total = duration_in_steps(recipe.duration, len(cache), recipe.batch_size)
         state = begin_or_resume(recipe, cache, total, ranks)
-        train(state, cache, total, recipe, ranks)
+        parameters = list(state.model.parameters())
+        ranks.main_first(lambda: check_space(Path(recipe.output), parameters, recipe.keep_checkpoints))
+        with CheckpointWriter(writes=ranks.is_main) as writer:
+            train(state, writer, cache, total, recipe, ranks)
+        weights = state.ema.weights()
         if ranks.is_main:
-            finish(state, recipe, cache)
+            finish(state, weights, recipe, cache)
         ranks.barrier()
 
 
-def train(state: State, cache: LatentCache, total: int, recipe: TrainDiffusionRecipe, ranks: Ranks) -> None:
+def train(
+    state: State,
+    writer: CheckpointWriter,
+    cache: LatentCache,
+    total: int,
+    recipe: TrainDiffusionRecipe,
+    ranks: Ranks,
+) -> None:
     """The loop: batch, rate, step, figures, checkpoint."""
     stop, statistics = StopRequest(ranks), cache.statistics.to(ranks.device)
     save_every = duration_in_steps(recipe.save_every, len(cache), recipe.batch_size)
@@ -96,8 +109,10 @@ def train(state: State, cache: LatentCache, total: int, recipe: TrainDiffusionRe
             meter.record(state.step, losses, {"learning_rate": rate}, last=stopping or state.step == total)
             if state.step % save_every == 0 or state.step == total or stopping:
                 with meter.aside("save"):
-                    save(state, recipe, cache, ranks)
+                    save(state, writer, recipe, cache)
+            writer.check()
             if stopping and state.step < total:
+                writer.wait()
                 raise stop.error()
             evaluate_if_due(state, generation, total, recipe, meter)
 
@@ -157,17 +172,40 @@ def begin_or_resume(recipe: TrainDiffusionRecipe, cache: LatentCache, total: int
     checkpoint = begin_run(recipe, latents_config(cache.manifest), total, ranks)
     torch.manual_seed(recipe.seed)
     model = diffusion_of(recipe.model).to(ranks.device)
-    ema = Ema(model, recipe.ema_decay, ramp=recipe.ema_ramp)
-    optimizer = optimizer_of(model, recipe)
     if checkpoint:
         model.load_state_dict(checkpoint.model)
+    forward = parallel(model, recipe, ranks)
+    ema = Ema(model, recipe.ema_decay, ramp=recipe.ema_ramp)  # after sharding: the averages are sharded alike
+    optimizer = optimizer_of(model, recipe)
+    if checkpoint:
         ema.load(checkpoint.ema)
         load_optimizer(model, optimizer, checkpoint.optimizer)
+    return State(model, forward, ema, optimizer, checkpoint.step if checkpoint else 0)
+
+
+def parallel(model: nn.Module, recipe: TrainDiffusionRecipe, ranks: Ranks) -> nn.Module:
+    """The model as its ranks train it: blocks that recompute, compiled blocks, then DDP or FSDP around them."""
+    for block in blocks_of(model):
+        block.recomputes = recipe.checkpoint_activations
     if recipe.compile:
-        for block in model.modules():
-            if isinstance(block, Block):
-                block.compile()
-    return State(model, data_parallel(model, ranks), ema, optimizer, checkpoint.step if checkpoint else 0)
+        compile_blocks(model)
+    if recipe.parallel == "fsdp":
+        return fully_sharded(model, blocks_of(model), ranks, bf16=recipe.precision == "bf16")
+    return data_parallel(model, ranks)
+
+
+def blocks_of(model: nn.Module) -> list[Block]:
+    """Transformer blocks of backbone and head."""
+    return [module for module in model.modules() if isinstance(module, Block)]
+
+
+def compile_blocks(model: nn.Module) -> None:
+    """Compile each block by itself: one graph serves them all, and DDP still overlaps, because it wraps afterwards.
+
+    The weights stay the module's own, so whatever runs them (the average, a checkpoint) runs what was trained.
+    """
+    for block in blocks_of(model):
+        block.compile()
 
 
 def make_batch(cache: LatentCache, step: int, recipe: TrainDiffusionRecipe, ranks: Ranks) -> Batch:
@@ -199,8 +237,8 @@ def make_batch(cache: LatentCache, step: int, recipe: TrainDiffusionRecipe, rank
 
 def train_step(
     state: State, batch: Batch, statistics: LatentStatistics, recipe: TrainDiffusionRecipe, ranks: Ranks
-) -> tuple[Tensor, float]:
-    """One optimiser step over the batch, in micro-batches; returns this rank's mean loss and the gradient's norm."""
+) -> tuple[Tensor, Tensor]:
+    """One optimiser step over the batch, in micro-batches; this rank's mean loss and the gradient's norm, on device."""
     micro = recipe.micro_batch_size or len(batch.positions)
     losses = []
     for start in range(0, len(batch.positions), micro):
@@ -208,12 +246,9 @@ def train_step(
         last = start + micro >= len(batch.positions)
         losses.append(backward(state.forward, batch, part, statistics, recipe, ranks, synchronise=last))
     per_sample = torch.cat(losses)
-    norm = clip_gradients(state.model.parameters(), recipe.optimizer.clip_norm).item()
-    if not math.isfinite(norm):  # before the optimiser and the average are touched
-        raise not_finite(state.step, batch, per_sample)
-    state.optimizer.step()
-    state.optimizer.zero_grad(set_to_none=True)
-    state.ema.update(state.step)
+    norm, finite = take_step(state.model, state.optimizer, recipe.optimizer.clip_norm)
+    state.ema.update(state.step, finite)
+    state.verdict.note(norm, functools.partial(not_finite, state.step, batch, per_sample))
     return per_sample.mean(), norm
 
 
@@ -241,8 +276,7 @@ def backward(
     latents = statistics.normalise(batch.latents[part].to(ranks.device, non_blocking=True).float())
     noise = normals(tuple(latents.shape[1:]), recipe.seed, "noise", batch.positions[part], ranks.device)
     t, labels = batch.t[part].to(ranks.device), batch.labels[part].to(ranks.device)
-    hold = contextlib.nullcontext() if synchronise or ranks.world == 1 else forward.no_sync()
-    with hold:
+    with gradients_held(forward, hold=not synchronise):
         with torch.autocast(ranks.device.type, torch.bfloat16, enabled=recipe.precision == "bf16"):
             velocity = forward(noisy_latents(latents, noise, t), t, labels)
         losses = flow_loss(velocity, latents, noise)
@@ -262,24 +296,23 @@ def config_of(state: State, recipe: TrainDiffusionRecipe, cache: LatentCache) ->
     }
 
 
-def save(state: State, recipe: TrainDiffusionRecipe, cache: LatentCache, ranks: Ranks) -> None:
-    """Write a checkpoint, by the main rank; the others wait."""
-    if ranks.is_main:
-        save_checkpoint(
-            Path(recipe.output),
-            state.step,
-            model=state.model.state_dict(),
-            ema=state.ema.weights(),
-            optimizer=optimizer_tensors(state.model, state.optimizer),
-            statistics=cache.statistics,
-            state={"samples_consumed": state.step * recipe.batch_size},
-            config=config_of(state, recipe, cache),
-            keep=recipe.keep_checkpoints,
-        )
-    ranks.barrier()
+def save(state: State, writer: CheckpointWriter, recipe: TrainDiffusionRecipe, cache: LatentCache) -> None:
+    """Hand the state to the writer, who copies it and writes while training goes on. All ranks, one writes."""
+    state.verdict.settle()
+    writer.save(
+        Path(recipe.output),
+        state.step,
+        model=state.model.state_dict(),
+        ema=state.ema.state(),
+        optimizer=optimizer_tensors(state.model, state.optimizer),
+        statistics=cache.statistics,
+        state={"samples_consumed": state.step * recipe.batch_size},
+        config=config_of(state, recipe, cache),
+        keep=recipe.keep_checkpoints,
+    )
 
 
-def finish(state: State, recipe: TrainDiffusionRecipe, cache: LatentCache) -> None:
+def finish(state: State, weights: dict[str, Tensor], recipe: TrainDiffusionRecipe, cache: LatentCache) -> None:
     """Write final/: the averaged model and its card."""
     run_folder, count = Path(recipe.output), parameter_count(state.model)
     card = (
@@ -288,6 +321,5 @@ def finish(state: State, recipe: TrainDiffusionRecipe, cache: LatentCache) -> No
         f"{recipe.paper}\n\n    rae sample {run_folder}/final samples/ --autoencoder AUTOENCODER\n"
     )
     config = config_of(state, recipe, cache)
-    weights = state.ema.weights()
     folder = save_final(run_folder, weights=weights, statistics=cache.statistics, config=config, card=card)
     print(f"{folder}: {count} parameters, {state.step} steps")

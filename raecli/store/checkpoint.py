@@ -1,7 +1,9 @@
 """Checkpoints: a folder of safetensors and JSON that is complete or absent. No pickle."""
 
 import json
+import shutil
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,11 +13,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from raecli.errors import CheckpointError, NonFiniteError
+from raecli.errors import CheckpointError, NonFiniteError, StorageError
 from raecli.store.artifact import CONFIG, checkpoint_folders
 from raecli.store.atomic import atomic_folder, remove_folder, sha256_of, write_json
 from raecli.store.statistics import STATISTICS, LatentStatistics
-from raecli.store.tensors import save_tensors
+from raecli.store.tensors import as_sharded, save_tensors, write_tensors
 
 MODEL, EMA, OPTIMIZER, STATE = "model.safetensors", "ema.safetensors", "optimizer.safetensors", "state.json"
 
@@ -59,12 +61,12 @@ def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dic
 
 
 def load_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
-    """Give the optimiser its saved state back, on the parameters' devices."""
+    """Give the optimiser its saved state back, on the parameters' devices, sharded as they are."""
     parameters = dict(model.named_parameters())
     for key, value in tensors.items():
         name, _, entry = key.rpartition(":")
         parameter = parameters[name]
-        optimizer.state[parameter][entry] = value.to(parameter.device)
+        optimizer.state[parameter][entry] = as_sharded(value, parameter)
 
 
 def save_checkpoint(
@@ -79,30 +81,57 @@ def save_checkpoint(
     config: dict[str, Any],
     keep: int,
 ) -> Path:
-    """Write `checkpoints/step-0000100/` of a run, then drop all but the newest `keep`."""
+    """Write `checkpoints/step-0000100/` of a run, read it back, then drop all but the newest `keep`.
+
+    Raises NonFiniteError for weights that are no numbers, StorageError if the disk refuses or returns other bytes.
+    """
     folder = run / "checkpoints" / f"step-{step:07d}"
     folder.parent.mkdir(parents=True, exist_ok=True)
-    check_finite(model | ema, run)
+    check_finite(model, run)
+    check_finite(ema, run)
     with atomic_folder(folder) as scratch:  # one that is there was found bad: it is replaced
-        save_tensors(contiguous(model), scratch / MODEL)
-        save_tensors(contiguous(ema), scratch / EMA)
-        save_tensors(contiguous(optimizer), scratch / OPTIMIZER)
+        parts = {MODEL: model, EMA: ema, OPTIMIZER: optimizer}
+        digests = {name: write_tensors(contiguous(tensors), scratch / name) for name, tensors in parts.items()}
         statistics.save(scratch / STATISTICS)
         write_json(scratch / CONFIG, config)
-        digests = {file.name: sha256_of(file) for file in sorted(scratch.iterdir())}
+        digests |= {name: sha256_of(scratch / name) for name in (STATISTICS, CONFIG)}
         write_json(scratch / STATE, {"step": step, **state, "sha256": digests})
+    for name in damaged_files(folder, digests):
+        raise StorageError(f"{folder / name}: reads back other bytes than were written; the disk is failing")
     for old in checkpoint_folders(run)[keep:]:
         remove_folder(old)
     return folder
+
+
+def check_space(run: Path, tensors: list[Tensor], keep: int) -> None:
+    """Refuse to begin where the disk plainly lacks room for this run's checkpoints: the newest `keep` and one more.
+
+    tensors: the parameters. A checkpoint holds them four times (with average and two moments), final/ once.
+    Raises StorageError with the bytes needed.
+    """
+    size = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+    here = sum(file.stat().st_size for file in run.glob("*/**/*.safetensors"))
+    needed, free = max(0, size * (4 * (keep + 1) + 1) - here), shutil.disk_usage(run).free
+    if free < needed:
+        raise StorageError(
+            f"{run}: {needed} bytes are needed for {keep + 1} checkpoints and final/, {free} are free; free space, "
+            "keep fewer (keep_checkpoints), or choose another output"
+        )
+
+
+def damaged_files(folder: Path, digests: dict[str, str]) -> list[str]:
+    """Files whose sha256 is another than told; each is read by a thread of its own."""
+    with ThreadPoolExecutor(len(digests)) as pool:
+        found = pool.map(lambda name: sha256_of(folder / name), digests)
+    return [name for (name, told), digest in zip(digests.items(), found, strict=True) if told != digest]
 
 
 def read_checkpoint(folder: Path) -> Checkpoint:
     """Read a checkpoint, every file held against its digest. Raises CheckpointError saying what is wrong."""
     try:
         state = json.loads((folder / STATE).read_text(encoding="utf-8"))
-        for name, digest in state["sha256"].items():
-            if sha256_of(folder / name) != digest:
-                raise CheckpointError(f"{folder / name}: its bytes changed since it was written")
+        for name in damaged_files(folder, state["sha256"]):
+            raise CheckpointError(f"{folder / name}: its bytes changed since it was written")
         config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
         tensors = [load_file(folder / name) for name in (MODEL, EMA, OPTIMIZER)]
         return Checkpoint(folder, int(state["step"]), state, config, *tensors)

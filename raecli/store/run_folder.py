@@ -25,6 +25,8 @@ OPERATIONAL = {
     "keep_checkpoints",
     "micro_batch_size",
     "compile",
+    "parallel",
+    "checkpoint_activations",
     "output",
 }
 METRICS = "metrics.jsonl"

@@ -53,8 +53,12 @@ class Ranks:
         return values
 
     def any(self, flag: bool) -> bool:
-        """True on all ranks if true on one."""
-        return bool(self.sum(torch.tensor(int(flag), device=self.device)).item()) if self.world > 1 else flag
+        """True on all ranks if true on one. Asked of the host: a GPU's queue is not waited for."""
+        if self.world == 1:
+            return flag
+        told = torch.tensor(int(flag))
+        dist.all_reduce(told)
+        return bool(told.item())
 
     def main_first(self, work: Callable[[], Any]) -> Any:
         """Do something on rank 0 alone; its (small) result, or its RaeError, comes to all ranks.
@@ -94,7 +98,7 @@ class Ranks:
 
 
 def join_ranks(timeout_seconds: float) -> Ranks:
-    """Join the job that torchrun's environment tells of. gloo on a CPU, nccl on GPUs."""
+    """Join the job that torchrun's environment tells of. gloo for what is on the host, nccl for what is on GPUs."""
     rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     device = torch.device("cpu")
     torch.backends.cudnn.allow_tf32 = False  # on by default: --precision fp32 says fp32, and bf16 has autocast
@@ -104,7 +108,7 @@ def join_ranks(timeout_seconds: float) -> Ranks:
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
         torch.cuda.set_device(device)
     if world > 1:
-        backend = "nccl" if device.type == "cuda" else "gloo"
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, rank=rank, world_size=world, timeout=timedelta(seconds=timeout_seconds))
     return Ranks(rank, world, device)
 
@@ -116,6 +120,38 @@ def data_parallel(model: nn.Module, ranks: Ranks) -> nn.Module:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # torch 2.15 renames broadcast_buffers, older ones know no other
         return DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
+
+
+def fully_sharded(model: nn.Module, blocks: list[nn.Module], ranks: Ranks, *, bf16: bool) -> nn.Module:
+    """The model under FSDP2: weights, gradients and what is made of them later are split over the ranks.
+
+    Each block is gathered for its own forward and backward, in bfloat16 where its products are; what is around the
+    blocks (embeddings of time and labels, the output) stays in float32. Gradients are averaged in float32.
+    """
+    if ranks.world == 1:
+        return model
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+    warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view")  # nobody writes into the velocity
+    mesh = init_device_mesh(ranks.device.type, (ranks.world,))
+    dtype = torch.bfloat16 if bf16 else None
+    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    for block in blocks:
+        fully_shard(block, mesh=mesh, mp_policy=policy)
+    return fully_shard(model, mesh=mesh)
+
+
+@contextlib.contextmanager
+def gradients_held(forward: nn.Module, *, hold: bool) -> Iterator[None]:
+    """Gradients stay on their rank in all but a step's last micro-batch, under DDP and FSDP alike."""
+    if isinstance(forward, DistributedDataParallel):
+        with forward.no_sync() if hold else contextlib.nullcontext():
+            yield
+        return
+    if hasattr(forward, "set_requires_gradient_sync"):
+        forward.set_requires_gradient_sync(not hold)
+    yield
 
 
 def leave_ranks() -> None:
@@ -131,6 +167,10 @@ def decode_threads() -> int:
 
 
 def check_batch(batch_size: int, world: int) -> None:
-    """Refuse a global batch that the ranks cannot share evenly."""
+    """Refuse a global batch that the ranks cannot share evenly: it is the recipe's truth on any number of devices."""
     if batch_size % world:
-        raise UsageError(f"batch_size {batch_size} cannot be shared by {world} ranks; take a multiple")
+        below, divisors = batch_size - batch_size % world, [n for n in range(1, world) if batch_size % n == 0]
+        near = f"{below} or {below + world}" if below else f"{world}"
+        raise UsageError(
+            f"batch_size {batch_size} cannot be shared by {world} ranks; take {divisors[-1]} ranks or batch_size={near}"
+        )

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from raecli.recipe.blocks import OptimizerSpec, ScheduleSpec
 from raecli.recipe.recipes import TrainingRecipe
 from raecli.recipe.spec import duration_in_steps
+from raecli.store.tensors import whole
 
 
 def make_optimizer(
@@ -85,3 +86,20 @@ def clip_gradients(parameters: Iterable[nn.Parameter], limit: float | None) -> T
         scale = (limit / (norm + 1e-6)).clamp(max=1.0)
         torch._foreach_mul_(gradients, scale)
     return norm
+
+
+def take_step(model: nn.Module, optimizer: torch.optim.AdamW, limit: float | None) -> tuple[Tensor, Tensor]:
+    """Clip to a total norm of at most `limit` (None: not) and step, unless the norm is NaN or infinite.
+
+    Decided on the device, without a word to the host; the fused optimiser scales gradients as it reads them. Returns
+    the norm before clipping and 1 where the step was taken, else 0: scalars on the device.
+    """
+    gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+    norm = whole(nn.utils.get_total_norm(gradients))  # over all shards, where gradients are sharded
+    finite = norm.isfinite()
+    if limit is not None:
+        optimizer.grad_scale = ((norm + 1e-6) / limit).clamp(min=1.0)  # gradients are divided by it
+    optimizer.found_inf = (~finite).float()
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return norm, finite.float()
