@@ -75,7 +75,7 @@ def train_diffusion(
         manifest = read_manifest(spec.cache)
         spec = resolve_diffusion(spec, manifest)
         if spec.evaluation is not None:
-            from raecli.evaluation.generation import check_generation
+            from raecli.sampling.online import check_generation
 
             check_generation(spec, manifest)
     check_tracking(spec.tracking)

@@ -27,16 +27,16 @@ TOLD = (
 )
 
 
-def balanced_labels(recipe: SampleRecipe, model: nn.Module) -> list[int]:
+def balanced_labels(recipe: SampleRecipe, *, num_classes: int) -> list[int]:
     """A label for each image: every class as often as any other (or once more), in a seeded random order of all `num`.
 
     Label i is a function of (seed, num, i). Order matters: Inception Score is computed over consecutive splits. The
     whole list is permuted, as the release does; blocks of one image a class would make `num` drop out, but even out
     every split and raise the score.
     """
-    if model.num_classes == 0 or recipe.unconditional:
-        return [model.null_label] * recipe.num
-    classes = [int(label) for label in recipe.classes or range(model.num_classes)]  # the door made names numbers
+    if num_classes == 0 or recipe.unconditional:
+        return [num_classes] * recipe.num  # the null label
+    classes = [int(label) for label in recipe.classes or range(num_classes)]  # the door made names numbers
     order = permutation(recipe.seed, "labels", recipe.num, recipe.num)
     return [classes[place % len(classes)] for place in order.tolist()]
 

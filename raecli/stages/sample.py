@@ -50,7 +50,7 @@ def run(recipe: SampleRecipe, ranks: Ranks) -> None:
 
 def make_samples(recipe: SampleRecipe, models: Models, ranks: Ranks) -> None:
     """Make the images that are missing, then the pictures, the npz and the protocol."""
-    folder, labels = Path(recipe.output), balanced_labels(recipe, models.model)
+    folder, labels = Path(recipe.output), balanced_labels(recipe, num_classes=models.model.num_classes)
     with ranks.holding(folder):
         protocol = ranks.main_first(lambda: begun_protocol(folder, recipe, models, labels))
         if ranks.main_first(lambda: is_finished(folder, recipe)):

@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from raecli.data.feed import ahead
 from raecli.data.order import normals, stream_slice, uniforms
 from raecli.errors import InputError, NonFiniteError
-from raecli.evaluation.generation import EVALUATED, Generation, prepare_generation
 from raecli.flow.path import flow_loss, noisy_latents
 from raecli.flow.time import training_time
 from raecli.models.build import diffusion_of
@@ -24,6 +23,7 @@ from raecli.models.flops import diffusion_macs
 from raecli.models.layers import Block
 from raecli.recipe.recipes import TrainDiffusionRecipe
 from raecli.recipe.spec import duration_in_steps
+from raecli.sampling.online import EVALUATED, Generation, prepare_generation
 from raecli.store.checkpoint import check_space, load_optimizer, optimizer_tensors, save_final
 from raecli.store.checkpoint_writer import CheckpointWriter
 from raecli.store.latent_cache import LatentCache, check_cache, damaged, open_cache
@@ -142,7 +142,8 @@ def averaged_model(state: State, recipe: TrainDiffusionRecipe) -> nn.Module:
     for name, buffer in state.model.named_buffers():  # also those that are in no state dict
         owner, _, leaf = name.rpartition(".")
         setattr(model.get_submodule(owner), leaf, buffer)
-    model.time_shift = recipe.flow.time_shift
+    size = recipe.model.input_size
+    model.time_shift, model.latent_shape = recipe.flow.time_shift, (recipe.model.in_channels, size, size)
     return model.eval().requires_grad_(False)
 
 

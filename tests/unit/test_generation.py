@@ -3,7 +3,6 @@
 import functools
 import json
 import shutil
-from collections import Counter
 
 import pytest
 import torch
@@ -11,11 +10,11 @@ from PIL import Image
 from torch import nn
 
 from raecli.errors import InputError, UsageError
-from raecli.evaluation.generation import balanced_labels, check_generation, prepare_generation, rank_batches
 from raecli.models.classifier import Classifier, save_classifier
 from raecli.models.load import load_diffusion
 from raecli.recipe.load import load_recipe
 from raecli.recipe.recipes import EncodeCacheRecipe, EvaluateRecipe, SampleRecipe, TrainDiffusionRecipe
+from raecli.sampling.online import check_generation, prepare_generation, rank_batches
 from raecli.stages import encode_cache, evaluate, sample, train_diffusion
 from raecli.store.encoders import resolve_encoder
 from raecli.store.latent_cache import open_cache
@@ -171,15 +170,6 @@ def test_any_number_of_ranks_shares_the_same_batches():
         batches = sorted((batch for part in parts for batch in part), key=lambda batch: batch.start)
         assert batches == rank_batches(50, 8, ALONE)
         assert [index for batch in batches for index in batch] == list(range(50))
-
-
-def test_labels_are_balanced_and_in_no_order():
-    labels = balanced_labels(1000, 0, num_classes=10)
-    assert set(Counter(labels).values()) == {100}
-    assert labels != sorted(labels) and labels != balanced_labels(1000, 1, num_classes=10)
-    assert max(Counter(labels[:100]).values()) > 10  # not one of each in every block: that would raise Inception Score
-    assert set(balanced_labels(9, 0, num_classes=10, classes=(3, 7))) == {3, 7}
-    assert balanced_labels(4, 0, num_classes=0) == [0] * 4  # the null label of a model without classes
 
 
 def test_what_evaluation_needs_and_is_not_there_is_refused_before_training(place, tmp_path, monkeypatch):

@@ -5,20 +5,16 @@ i is a function of (seed, i), of its label and of the models. No image is writte
 """
 
 import json
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from raecli.data.order import normals, permutation
-from raecli.errors import InputError, NonFiniteError, UsageError
+from raecli.errors import InputError, UsageError
 from raecli.evaluation.moments import measured_moments, states_of_ranks
 from raecli.evaluation.networks import INCEPTION, POOL, FeatureNetwork, classifier_network, inception_network
-from raecli.flow.sampler import sample
 from raecli.metrics.frechet import frechet_distance
 from raecli.metrics.inception_file import find_inception
 from raecli.metrics.reference import holds_images, locate_source, open_images
@@ -27,21 +23,24 @@ from raecli.models.autoencoder import Autoencoder
 from raecli.models.baseline_autoencoder import baseline_autoencoder
 from raecli.models.load import artifact_folder, load_autoencoder
 from raecli.recipe.blocks import GenerationSpec
-from raecli.recipe.recipes import TrainDiffusionRecipe
+from raecli.recipe.recipes import SampleRecipe, TrainDiffusionRecipe
 from raecli.recipe.spec import duration_in_steps
+from raecli.sampling.images import decode, solve, to_bytes
+from raecli.sampling.models import Models
+from raecli.sampling.protocol import balanced_labels
 from raecli.store.atomic import sweep_scratch
 from raecli.store.checkpoint import CONFIG
 from raecli.store.encoder_baselines import is_baseline
 from raecli.store.encoders import resolve_encoder
 from raecli.store.latent_cache import LatentCache
-from raecli.store.manifest import Manifest, differing_fields
+from raecli.store.manifest import Manifest
+from raecli.store.model_cards import check_same_latents
 from raecli.store.resolve import latents_config
 from raecli.store.samples import by_label, write_grid
 from raecli.training.distributed import Ranks
 from raecli.training.progress import Progress
 
 EVALUATED = "evaluate_seconds"  # the key of metrics.jsonl by which a step is known to be evaluated
-MOVED = ("encoder.name:", "encoder.path:", "encoder.weights:")  # may differ: where an encoder's files lie
 
 
 @dataclass(frozen=True)
@@ -49,10 +48,10 @@ class Generation:
     """All that evaluation needs beside the model, loaded before training starts."""
 
     spec: GenerationSpec
+    recipe: SampleRecipe  # of `rae sample` with the same settings
     run: Path
     every_steps: int
     autoencoder: Autoencoder
-    latent_shape: tuple[int, int, int]
     labels: list[int]  # one an image
     network: FeatureNetwork | None  # None: pictures alone
     reference: Moments | None
@@ -65,42 +64,26 @@ class Generation:
     def measure(self, model: nn.Module, step: int) -> tuple[dict[str, float | int], Path | None]:
         """Figures of the model's images, the same on all ranks, and the sheet, on rank 0. All ranks take part."""
         spec, ranks = self.spec, self.ranks
+        models = Models(model, None, self.autoencoder)
         shown = by_label(self.labels, min(spec.grid, spec.num))
         statistics = FeatureStatistics(self.network.width, ranks.device) if self.network else None
         kept: dict[int, np.ndarray] = {}
         batches = rank_batches(spec.num, spec.batch_size, ranks)
         progress = Progress(sum(map(len, batches)), "images", f"evaluate step {step}", shown=ranks.is_main)
         for batch in batches:
-            pixels = quantised(self.images(model, batch), spec.pixel_rounding)
+            latents = solve(self.recipe, models, self.labels, batch, ranks)
+            pixels = to_bytes(decode(self.recipe, models, latents, batch), spec.pixel_rounding)
             if self.network and statistics:
-                statistics.update(self.network.extract(pixels)[POOL], [f"generated image {index}" for index in batch])
+                images = torch.from_numpy(pixels).permute(0, 3, 1, 2).to(ranks.device)
+                statistics.update(self.network.extract(images)[POOL], [f"generated image {index}" for index in batch])
             for index in set(shown).intersection(batch):
-                kept[index] = pixels[index - batch.start].permute(1, 2, 0).cpu().numpy()
+                kept[index] = pixels[index - batch.start]
             progress.advance(len(batch))
         progress.close()
         figures: dict[str, float | int] = {"evaluate_images": spec.num}
         if statistics is not None:
             figures["fid"] = self.distance(statistics)
         return figures, self.write_sheet(shown, kept, step)
-
-    def images(self, model: nn.Module, batch: range) -> Tensor:
-        """Images [B, 3, H, W] in [0, 1] of one batch, as the spec tells."""
-        spec = self.spec
-        return generated_images(
-            model,
-            self.autoencoder,
-            [self.labels[index] for index in batch],
-            batch,
-            latent_shape=self.latent_shape,
-            seed=spec.seed,
-            steps=spec.steps,
-            solver=spec.solver,
-            time_grid=spec.time_grid,
-            guidance_scale=spec.guidance_scale,
-            guidance_interval=spec.guidance_interval,
-            precision=spec.precision,
-            device=self.ranks.device,
-        )
 
     def distance(self, statistics: FeatureStatistics) -> float:
         """FID of all ranks' images to the reference."""
@@ -133,17 +116,24 @@ def prepare_generation(
     with torch.random.fork_rng(devices=[]):
         autoencoder = decoder_of_cache(str(spec.autoencoder), cache, ranks.device)
         network = feature_network(spec, ranks.device) if spec.reference else None
+    told = sample_recipe(spec, recipe)
     return Generation(
         spec=spec,
+        recipe=told,
         run=run,
         every_steps=duration_in_steps(spec.every, len(cache), recipe.batch_size),
         autoencoder=autoencoder,
-        latent_shape=cache.manifest.latent_shape,
-        labels=balanced_labels(spec.num, spec.seed, num_classes=recipe.model.num_classes or 0),
+        labels=balanced_labels(told, num_classes=recipe.model.num_classes or 0),
         network=network,
         reference=reference_moments(spec.reference, network, spec.batch_size, ranks) if network else None,
         ranks=ranks,
     )
+
+
+def sample_recipe(spec: GenerationSpec, recipe: TrainDiffusionRecipe) -> SampleRecipe:
+    """What `rae sample` would be told to make the same images."""
+    shared = spec.model_dump(include=SampleRecipe.model_fields.keys() & GenerationSpec.model_fields.keys())
+    return SampleRecipe(**shared | {"stage": "sample", "model": recipe.output, "output": f"{recipe.output}/samples"})
 
 
 def prepare_folder(folder: Path) -> None:
@@ -189,24 +179,7 @@ def check_decoder_of_cache(name: str, cache: str, manifest: Manifest) -> None:
         raise InputError(f"evaluation.autoencoder: {name} is not there; give a decoder run, pixels or sdvae:FOLDER")
     else:
         config = json.loads((artifact_folder(name) / CONFIG).read_text(encoding="utf-8"))
-    check_same_latents({"latents": latents}, config, f"the cache {cache} and evaluation.autoencoder {name}")
-
-
-def check_same_latents(one: dict[str, Any], other: dict[str, Any], names: str) -> None:
-    """Two artifacts have to speak of one encoder, size and shape, as far as they tell."""
-    told = [config.get("latents", {}).get("encoder") for config in (one, other)]
-    both = None not in told  # a converted model may not tell its encoder: then the shape alone is compared
-    latents = [
-        {
-            **({f"encoder.{key}": value for key, value in encoder.items()} if both else {}),
-            "shape": config.get("latents", {}).get("shape"),
-        }
-        for encoder, config in zip(told, (one, other), strict=True)
-    ]
-    fields = [field for field in differing_fields(latents[1], latents[0]) if not field.startswith(MOVED)]
-    if fields:
-        lines = "".join(f"\n  {field}" for field in fields)
-        raise InputError(f"{names} were not made for the same latents{lines}")
+    check_same_latents(latents, config["latents"], f"the cache {cache} and evaluation.autoencoder {name}")
 
 
 def decoder_of_cache(name: str, cache: LatentCache, device: torch.device) -> Autoencoder:
@@ -246,61 +219,3 @@ def rank_batches(num: int, batch_size: int, ranks: Ranks) -> list[range]:
     """This rank's batches of images: the batches are the same for any number of ranks, and so are the images' bits."""
     starts = range(ranks.rank * batch_size, num, ranks.world * batch_size)
     return [range(start, min(start + batch_size, num)) for start in starts]
-
-
-def balanced_labels(num: int, seed: int, *, num_classes: int, classes: Sequence[int] | None = None) -> list[int]:
-    """A label for each image: every class as often as any other (or once more), in a seeded random order of all `num`.
-
-    The whole list is permuted, as the release does: Inception Score is computed over consecutive splits, and blocks of
-    one image a class would even them out. classes: those wanted; None: all. Without classes, the null label.
-    """
-    wanted = list(classes) if classes else list(range(num_classes)) or [0]
-    order = permutation(seed, "labels", num, num)
-    return [wanted[place % len(wanted)] for place in order.tolist()]
-
-
-@torch.inference_mode()
-def generated_images(
-    model: nn.Module,
-    autoencoder: Autoencoder,
-    labels: Sequence[int],
-    indices: range,
-    *,
-    latent_shape: tuple[int, int, int],
-    seed: int,
-    steps: int,
-    solver: str,
-    time_grid: str,
-    guidance_scale: float,
-    guidance_interval: tuple[float, float],
-    precision: str,
-    device: torch.device,
-    guide: nn.Module | None = None,
-) -> Tensor:
-    """Images [B, 3, H, W] in [0, 1] with these indices and labels [B].
-
-    Noise is drawn on the CPU: the same on every device. Raises NonFiniteError if the model gives none.
-    """
-    noise = normals(latent_shape, seed, "sample", indices, "cpu").to(device)
-    with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
-        latents = sample(
-            model,
-            noise,
-            torch.tensor(list(labels), device=device),
-            steps=steps,
-            solver=solver,
-            time_grid=time_grid,
-            guidance_scale=guidance_scale,
-            guidance_interval=guidance_interval,
-            guide=guide,
-        )
-        images = autoencoder.decode(latents).float()
-    if not images.isfinite().all():
-        raise NonFiniteError(f"images {indices.start} to {indices.stop - 1}: the model gives NaN or infinity")
-    return images
-
-
-def quantised(images: Tensor, rounding: str) -> Tensor:
-    """uint8 [B, 3, H, W] of images in [0, 1]. "round" to the nearest; "floor" as the release does."""
-    scaled = images.clamp(0, 1) * 255
-    return (scaled.round() if rounding == "round" else scaled.floor()).to(torch.uint8)
