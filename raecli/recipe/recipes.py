@@ -88,6 +88,8 @@ class TrainDiffusionRecipe(TrainingRecipe):
     flow: FlowSpec
     label_dropout: Probability = 0.1
     horizontal_flip: bool = True  # use the cache's flipped views, where it has them
+    shuffle: Literal["global", "block"] = "global"  # block: for cold disks, network storage and remote caches
+    shuffle_block: Count = 2048  # samples that lie together and are read together; 16 such runs are mixed at a time
 
 
 class SampleRecipe(Spec):

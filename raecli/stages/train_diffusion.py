@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from raecli.data.feed import ahead
+from raecli.data.feed import LatentFeed, Samples, ahead
 from raecli.data.order import normals, stream_slice, uniforms
 from raecli.errors import InputError, NonFiniteError
 from raecli.flow.path import flow_loss, noisy_latents
@@ -82,7 +82,10 @@ def train(state: State, cache: LatentCache, total: int, recipe: TrainDiffusionRe
     log = MetricsLog(Path(recipe.output), state.step) if ranks.is_main else None
     meter = Meter(log, ranks, log_every=recipe.log_every, batch_size=recipe.batch_size)
     progress = Progress(total, "steps", "train-diffusion", shown=ranks.is_main, done=state.step)
-    for batch in ahead(lambda step: make_batch(cache, step, recipe, ranks), range(state.step, total)):
+    feed = LatentFeed(
+        cache, lambda step: samples_of(cache, step, recipe, ranks), recipe.batch_size // ranks.world, ranks.device
+    )
+    for batch in ahead(lambda step: make_batch(feed, step, recipe, ranks), range(state.step, total)):
         set_learning_rate(state.optimizer, rate_at(state.step, total, len(cache), recipe))
         loss, norm = train_step(state, batch, statistics, recipe, ranks)
         state.step += 1
@@ -129,15 +132,28 @@ def begin_or_resume(recipe: TrainDiffusionRecipe, cache: LatentCache, total: int
     return State(model, data_parallel(model, ranks), ema, optimizer, checkpoint.step if checkpoint else 0)
 
 
-def make_batch(cache: LatentCache, step: int, recipe: TrainDiffusionRecipe, ranks: Ranks) -> Batch:
-    """This rank's slice of positions [step B, (step + 1) B), and all that is drawn for them but the noise."""
+def positions_of(step: int, recipe: TrainDiffusionRecipe, ranks: Ranks) -> range:
+    """This rank's share of positions [step B, (step + 1) B) in the stream of samples."""
     share = recipe.batch_size // ranks.world
     first = step * recipe.batch_size + ranks.rank * share
-    positions = range(first, first + share)
-    indices = stream_slice(recipe.seed, len(cache), first, share)
+    return range(first, first + share)
+
+
+def samples_of(cache: LatentCache, step: int, recipe: TrainDiffusionRecipe, ranks: Ranks) -> Samples:
+    """The samples that lie there, and which of them are mirrored."""
+    positions = positions_of(step, recipe, ranks)
+    block = recipe.shuffle_block if recipe.shuffle == "block" else None
+    indices = stream_slice(recipe.seed, len(cache), positions.start, len(positions), block)
     flips = None
     if recipe.horizontal_flip and cache.has_flips:
         flips = (uniforms(recipe.seed, "flip", positions) < 0.5).tolist()
+    return indices, flips
+
+
+def make_batch(feed: LatentFeed, step: int, recipe: TrainDiffusionRecipe, ranks: Ranks) -> Batch:
+    """This rank's share of a step, and all that is drawn for it but the noise."""
+    positions, cache = positions_of(step, recipe, ranks), feed.cache
+    indices, latents = feed.batch(step)
     null_label = recipe.model.num_classes or 0  # without classes it is the only label
     dropped = uniforms(recipe.seed, "label", positions) < (recipe.label_dropout if null_label else 1.0)
     labels = cache.labels[torch.from_numpy(indices)].masked_fill(dropped, null_label)
@@ -150,9 +166,6 @@ def make_batch(cache: LatentCache, step: int, recipe: TrainDiffusionRecipe, rank
         maximum=flow.time_max,
         time_shift=flow.time_shift,
     ).float()
-    latents = cache.latents(indices.tolist(), flips)
-    if ranks.device.type == "cuda":
-        latents = latents.pin_memory()
     return Batch(positions, [cache.keys[index] for index in indices], latents, labels, t)
 
 

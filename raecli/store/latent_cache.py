@@ -1,7 +1,10 @@
 """Reading a latent cache: any sample by its index, straight out of the mapped shards."""
 
 import mmap
-from collections.abc import Iterable, Sequence
+import os
+import resource
+import warnings
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +16,7 @@ from torch import Tensor
 from raecli.errors import InputError
 from raecli.store.atomic import sha256_of
 from raecli.store.manifest import Manifest, read_manifest
-from raecli.store.shards import TORCH_DTYPES, ShardLayout
+from raecli.store.shards import READ_DTYPES, ShardLayout
 from raecli.store.statistics import STATISTICS, LatentStatistics, load_statistics
 from raecli.store.tensors import save_tensors
 
@@ -34,7 +37,8 @@ class LatentCache:
         self.keys = keys
         self.layout = ShardLayout(manifest.latent_shape, manifest.dtype, VIEWS[manifest.views])
         self.starts = np.cumsum([0, *(shard.samples for shard in manifest.shards)])
-        self.maps: dict[int, mmap.mmap] = {}
+        self.maps: dict[int, Mapped] = {}
+        allow_open_files(2 * len(manifest.shards))
 
     def __len__(self) -> int:
         return self.manifest.samples
@@ -55,24 +59,42 @@ class LatentCache:
         """Whether each sample has a second view, of the mirrored image."""
         return len(self.layout.views) > 1
 
-    def latents(self, indices: Sequence[int], flipped: Sequence[bool] | None = None) -> Tensor:
-        """Latents [B, C, H, W] of samples in the cache's dtype; `flipped` chooses the mirrored views."""
-        batch = torch.empty((len(indices), *self.layout.latent_shape), dtype=TORCH_DTYPES[self.layout.dtype])
-        rows = batch.view(len(indices), -1).view(torch.uint8).numpy()
-        for row, index in enumerate(indices):
-            shard = int(np.searchsorted(self.starts, index, side="right")) - 1
-            view = int(flipped[row]) if flipped is not None else 0
-            offset = self.layout.latent_offset(int(index - self.starts[shard]), view)
-            rows[row] = np.frombuffer(self.mapped(shard), np.uint8, self.layout.latent_bytes, offset)
+    @property
+    def dtype(self) -> torch.dtype:
+        """What `latents` gives: the dtype on disk; bf16 for int8."""
+        return READ_DTYPES[self.layout.dtype]
+
+    def latents(self, indices: Sequence[int], flipped: Sequence[bool] | None = None, out: Tensor | None = None) -> Tensor:
+        """Latents [B, C, H, W] of samples, of dtype `self.dtype`; `flipped` chooses the mirrored views.
+
+        out: where to put them; its first B rows are returned. Without it memory is asked for, which costs as much
+        as the reading.
+        """
+        batch = torch.empty((len(indices), *self.layout.latent_shape), dtype=self.dtype) if out is None else out
+        batch = batch[: len(indices)]
+        for row, (shard, sample, view) in zip(batch.flatten(1).unbind(0), self.places(indices, flipped), strict=True):
+            self.mapped(shard).read(sample, view, row)
         return batch
 
-    def mapped(self, shard: int) -> mmap.mmap:
-        """A shard's file in memory, mapped at its first use."""
+    def read_ahead(self, indices: Sequence[int], flipped: Sequence[bool] | None = None) -> None:
+        """Ask the system to bring samples into memory, and go on at once: for batches that come later."""
+        for shard, sample, view in self.places(indices, flipped):
+            self.mapped(shard).will_need(sample, view)
+
+    def places(self, indices: Sequence[int], flipped: Sequence[bool] | None) -> Iterator[tuple[int, int, int]]:
+        """Shard, sample in it and view of samples."""
+        shards = np.searchsorted(self.starts, indices, side="right") - 1
+        samples = np.asarray(indices) - self.starts[shards]
+        views = [0] * len(indices) if flipped is None else [int(flip) for flip in flipped]
+        return zip(shards.tolist(), samples.tolist(), views, strict=True)
+
+    def mapped(self, shard: int) -> "Mapped":
+        """A shard's file in memory, mapped at its first use and from then on."""
         if shard not in self.maps:
             if self.verify_at_first_use and (problems := self.bad_shards([shard])):
                 raise damaged(self.folder, problems)
-            with (self.folder / self.manifest.shards[shard].name).open("rb") as file:
-                self.maps[shard] = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+            record = self.manifest.shards[shard]
+            self.maps[shard] = Mapped(self.folder / record.name, self.layout, record.samples)
         return self.maps[shard]
 
     def bad_shards(self, shards: Iterable[int] | None = None) -> list[str]:
@@ -83,6 +105,58 @@ class LatentCache:
             if sha256_of(self.folder / record.name) != record.sha256:
                 problems.append(f"{record.name}: its bytes changed since it was written (sha256 differs)")
         return problems
+
+
+def allow_open_files(count: int) -> None:
+    """Raise this process's limit, where it may: every mapped shard keeps two files open."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = count + 512
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted if hard == resource.RLIM_INFINITY else min(wanted, hard), hard))
+
+
+class Mapped:
+    """A shard's file in memory.
+
+    torch's copy, with vector loads, takes a fifth less time than memcpy out of a file's small pages.
+    """
+
+    def __init__(self, path: Path, layout: ShardLayout, samples: int) -> None:
+        self.layout = layout
+        self.file = path.open("rb")
+        self.map = mmap.mmap(self.file.fileno(), 0, access=mmap.ACCESS_READ)
+        self.knows_what_is_cached = hasattr(os, "RWF_NOWAIT")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # it is read-only, as told; nothing writes to it
+            data = torch.frombuffer(self.map, dtype=torch.uint8)
+        self.numbers, self.scales = layout.strided(data, samples)
+
+    def read(self, sample: int, view: int, row: Tensor) -> None:
+        """Copy a sample's view to `row`, [C*H*W]."""
+        numbers = self.numbers[view].select(0, sample)
+        if not self.scales:
+            row.copy_(numbers)
+        else:
+            scales = self.scales[view].select(0, sample)[:, None]
+            torch.mul(numbers.view(len(scales), -1), scales, out=row.view(len(scales), -1))
+
+    def will_need(self, sample: int, view: int) -> None:
+        """Start reading a sample's view from the disk, if it is not in memory."""
+        start = self.layout.latent_offset(sample, view) // mmap.PAGESIZE * mmap.PAGESIZE
+        end = min(self.layout.latent_offset(sample, view) + self.layout.member_bytes, len(self.map))
+        if not (self.cached(start) and self.cached(end - 1)):
+            self.map.madvise(mmap.MADV_WILLNEED, start, end - start)
+
+    def cached(self, offset: int) -> bool:
+        """Whether a byte is in memory: a tenth of the time that an idle madvise takes. False where nobody can tell."""
+        if self.knows_what_is_cached:
+            try:
+                return os.preadv(self.file.fileno(), [bytearray(1)], offset, os.RWF_NOWAIT) == 1
+            except BlockingIOError:
+                return False
+            except OSError:  # a network file system that cannot tell
+                self.knows_what_is_cached = False
+        return False
 
 
 def open_cache(path: str | Path) -> LatentCache:

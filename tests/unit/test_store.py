@@ -97,8 +97,8 @@ def test_shards_are_plain_tars_with_samples_at_known_offsets(tmp_path, dtype, vi
     layout = ShardLayout((3, 5, 5), dtype, views)
     samples = torch.randn(4, len(views), 3, 5, 5).to(TORCH_DTYPES[dtype])
     writer = ShardWriter(tmp_path / "s.tar", layout)
-    for index, latents in enumerate(samples):
-        writer.add(f"class/{index}", index * 7, list(latents))
+    writer.add(["class/0"], [0], list(samples[:1].unbind(1)))
+    writer.add([f"class/{index}" for index in (1, 2, 3)], [7, 14, 21], list(samples[1:].unbind(1)))
     writer.close()
     data = (tmp_path / "s.tar").read_bytes()
     assert len(data) == layout.shard_bytes(4)
@@ -115,8 +115,7 @@ def test_the_webdataset_library_reads_our_shards(tmp_path):
     layout = ShardLayout((3, 5, 5), "fp32", ("latent", "flip"))
     samples = torch.randn(3, 2, 3, 5, 5)
     writer = ShardWriter(tmp_path / "s.tar", layout)
-    for index, latents in enumerate(samples):
-        writer.add(f"a/{index}", index, list(latents))
+    writer.add([f"a/{index}" for index in range(3)], [0, 1, 2], list(samples.unbind(1)))
     writer.close()
     read = list(webdataset.WebDataset(str(tmp_path / "s.tar"), shardshuffle=False).decode())
     assert [sample["cls"] for sample in read] == [0, 1, 2]
