@@ -32,7 +32,13 @@ def main() -> None:
         exact = bool((np.bincount(order, minlength=size) == 1).all())
         batches = [labels[order[start : start + BATCH]] for start in np.arange(BATCHES) * BATCH]
         distinct = float(np.mean([len(set(batch.tolist())) for batch in batches]))
-        line = {"row": 3, "order": name, "distinct_classes": distinct, "uniform": float(without), "ratio": distinct / without}
+        line = {
+            "row": 3,
+            "order": name,
+            "distinct_classes": distinct,
+            "uniform": float(without),
+            "ratio": distinct / without,
+        }
         print(json.dumps({**line, "with_replacement": uniform, "exact_permutation": exact, "bar": "1.00 +- .02"}))
 
 

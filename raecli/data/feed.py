@@ -1,5 +1,6 @@
 """Work done ahead of its use, in order: batches in a background thread, images in a pool of them."""
 
+import contextlib
 import queue
 import threading
 from collections.abc import Callable, Iterable, Iterator
@@ -57,6 +58,58 @@ def ahead(make: Callable[[Item], Result], items: Iterable[Item], depth: int = DE
     finally:
         leave.set()
         thread.join()
+
+
+class Abandoned(Exception):
+    """What a consumer behind gets instead of a next item, when there will be none because the producer failed."""
+
+
+@contextlib.contextmanager
+def behind(consume: Callable[[Iterator[Item]], None], depth: int = DEPTH) -> Iterator[Callable[[Item], None]]:
+    """consume(items) in a thread of its own; yields the call that hands it an item, and waits for it at the end.
+
+    At most `depth` items wait. Its exceptions come through; if the body fails, its iterator raises Abandoned.
+    """
+    items: queue.Queue[Any] = queue.Queue(maxsize=depth)
+    failures: list[BaseException] = []
+
+    def received() -> Iterator[Item]:
+        while (item := items.get()) is not DONE:
+            if item is Abandoned:
+                raise Abandoned
+            yield item
+
+    def work() -> None:
+        try:
+            consume(received())
+        except BaseException as error:  # raised again where items are put
+            failures.append(error)
+
+    def put(item: Any) -> None:
+        while not failures:
+            try:
+                items.put(item, timeout=0.1)
+                return
+            except queue.Full:
+                continue
+        raise failures[0]
+
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
+    try:
+        yield put
+        put(DONE)
+    except BaseException:
+        if not failures:
+            with contextlib.suppress(queue.Empty):
+                while True:
+                    items.get_nowait()
+            items.put(Abandoned)
+        raise
+    finally:
+        thread.join()
+    if failures:
+        raise failures[0]
 
 
 def pooled(make: Callable[[Item], Result], items: Iterable[Item], workers: int) -> list[Result]:

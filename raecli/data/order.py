@@ -51,7 +51,9 @@ def stream_slice(seed: int, size: int, first: int, count: int, block: int | None
     parts = []
     while count > 0:
         epoch, start = divmod(first, size)
-        order = permutation(seed, "epoch", epoch, size) if block is None else block_permutation(seed, epoch, size, block)
+        order = (
+            permutation(seed, "epoch", epoch, size) if block is None else block_permutation(seed, epoch, size, block)
+        )
         part = order[start : start + count]
         parts.append(part)
         first, count = first + len(part), count - len(part)

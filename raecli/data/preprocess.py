@@ -76,3 +76,8 @@ def random_crop(image: Image.Image, resize: int, size: int, across: float, down:
     top = int(down * (pixels.shape[0] - size + 1))
     left = int(across * (pixels.shape[1] - size + 1))
     return pixels[top : top + size, left : left + size]
+
+
+def center_square(data: bytes, name: str, size: int) -> np.ndarray:
+    """An encoded image's centre crop, uint8 [size, size, 3]. Raises InputError as decode_rgb does."""
+    return center_crop(decode_rgb(data, name), size)

@@ -36,6 +36,7 @@ class EncodeCacheRecipe(Spec):
     batch_size: Count = 128
     seed: int = 0
     on_bad_image: Literal["fail", "skip"] = "fail"
+    join: bool = False  # share the work with other jobs that make this very cache
 
 
 class TrainingRecipe(Spec):

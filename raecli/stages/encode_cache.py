@@ -1,12 +1,16 @@
 """`rae encode-cache`: reads images and a frozen encoder; writes a latent cache.
 
 Shards are encoded whole, in batches of fixed make-up, so a shard's bytes depend on neither ranks nor restarts. A
-finished shard has a record beside it; the manifest comes last, and then the records go.
+finished shard has a record beside it; the manifest comes last, and then the records go. Decoding, the encoder, and
+writing each have a thread, and go on across the ends of shards.
 """
 
+import contextlib
 import itertools
 import json
-import time
+import math
+import random
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,24 +19,25 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from raecli.data.feed import ahead, pooled
+from raecli.data.decode import Decoded, Decoder
+from raecli.data.feed import ahead, behind
 from raecli.data.images import ImageItem, ImageSource, open_images, unique_keys
 from raecli.data.order import permutation
-from raecli.data.preprocess import center_crop, decode_rgb
 from raecli.errors import InputError, NonFiniteError, StorageError, UsageError
 from raecli.models.build import FrozenEncoder, encoder_of
 from raecli.recipe.recipes import EncodeCacheRecipe
 from raecli.store.atomic import atomic_file, sha256_of, sweep_scratch, write_json
 from raecli.store.latent_cache import INDEX, VIEWS, LatentCache, bad_tables, write_index
+from raecli.store.lock import Claims, one_at_a_time, share_folder
 from raecli.store.manifest import MANIFEST, Manifest, differing_fields, encoder_identity, read_manifest, tuples
-from raecli.store.shards import TORCH_DTYPES, ShardLayout, ShardWriter
+from raecli.store.shards import READ_DTYPES, ShardLayout, ShardWriter
 from raecli.store.statistics import STATISTICS, LatentSums
 from raecli.training.distributed import Ranks, decode_threads
 from raecli.training.progress import Progress
 
 PLAN = "plan.json"
 UNRECORDED = ("batch_size", "on_bad_image")  # have to stay while a cache is being made; its manifest does not tell them
-CHECK_SECONDS = 60.0  # after a bad image, how long the others are looked at for a full list
+TIE = "tie.claim"
 
 
 @dataclass(frozen=True)
@@ -72,27 +77,74 @@ class Job:
 def run(recipe: EncodeCacheRecipe, ranks: Ranks) -> None:
     """Encode all images that have no latents yet, then tie the cache together."""
     job = make_job(recipe)
-    with ranks.holding(job.output):
-        ranks.main_first(lambda: prepare_output(job))
+    with holding_output(job, ranks):
         finished = finished_cache(job)
-        own = range(ranks.rank, job.shards, ranks.world)  # whatever is done already: all ranks agree on whose is whose
-        made = [shard for shard in own if not is_finished(job, shard, finished)]
-        if made:
-            encode_shards(job, made, ranks)
+        claims = Claims(job.output) if recipe.join else None
+        made = encode_shards(job, shards_to_make(job, finished, ranks, claims), ranks, claims)
         made = sorted(shard for part in ranks.gather(made) for shard in part)
         ranks.main_first(lambda: finish(job, finished, made))
 
 
+@contextlib.contextmanager
+def holding_output(job: Job, ranks: Ranks) -> Iterator[None]:
+    """Hold the output for this job alone, or with --join for it and its like; prepared for work."""
+    if not job.recipe.join:
+        with ranks.holding(job.output):
+            ranks.main_first(lambda: prepare_output(job, alone=True))
+            yield
+        return
+    with contextlib.ExitStack() as stack:
+        shared = share_folder(job.output, lambda alone: prepare_output(job, alone=alone))
+        ranks.main_first(lambda: stack.enter_context(shared))
+        yield
+
+
+def shards_to_make(job: Job, finished: Manifest | None, ranks: Ranks, claims: Claims | None) -> Iterator[int]:
+    """This rank's shards: every world-th one that is not done; or, where jobs share the work, all that it can claim."""
+    if claims is None:
+        own = range(ranks.rank, job.shards, ranks.world)  # whatever is done: all ranks agree on whose is whose
+        yield from (shard for shard in own if not is_finished(job, shard, finished))
+        return
+    first, found = random.randrange(job.shards), True
+    while found:  # another look, as who held a claim may have died since
+        found = False
+        for shard in [*range(first, job.shards), *range(first)]:
+            if is_done_by_any(job, shard, finished) or not claims.take(name_of(shard)):
+                continue
+            if is_done_by_any(job, shard, finished):  # between the two looks
+                claims.release(name_of(shard))
+                continue
+            found = True
+            yield shard
+
+
+def is_done_by_any(job: Job, shard: int, finished: Manifest | None) -> bool:
+    """Whether a shard of a shared job needs nobody: it has its record, or the whole cache has been finished since."""
+    if finished is not None:
+        return is_finished(job, shard, finished)
+    recorded = all(file.is_file() for file in (job.record_file(shard), job.sums_file(shard), job.shard_file(shard)))
+    return recorded or (job.output / MANIFEST).exists()
+
+
+def name_of(shard: int) -> str:
+    """shard-000000"""
+    return f"shard-{shard:06d}"
+
+
 def finish(job: Job, finished: Manifest | None, made: list[int]) -> None:
-    """Write or check what ties the shards together, and say what there is."""
-    if finished is None:
-        manifest = tie_together(job)
-    else:
-        manifest = finished
-        check_repaired(job, manifest, made)
-        if bad_tables(job.output, manifest):
-            mend_tables(job, manifest)
-    remove_records(job)
+    """Write or check what ties the shards together, and say what there is. Of jobs that share, the last one does."""
+    with one_at_a_time(job.output / TIE):
+        if not all(is_done_by_any(job, shard, finished) for shard in range(job.shards)):
+            print(f"{job.output}: {len(made)} of {job.shards} shards made here; the jobs beside this one finish it")
+            return
+        manifest = finished or finished_cache(job)
+        if manifest is None:
+            manifest = tie_together(job)
+        elif finished is not None:
+            check_repaired(job, manifest, made)
+            if bad_tables(job.output, manifest):
+                mend_tables(job, manifest)
+        remove_records(job)
     shards, skipped = len(manifest.shards), len(manifest.skipped)
     print(f"{job.output}: {manifest.samples} samples in {shards} shards, {skipped} images skipped")
 
@@ -122,9 +174,10 @@ def plan_of(job: Job) -> dict[str, Any]:
     }
 
 
-def prepare_output(job: Job) -> None:
-    """Make the folder, or check that what lies in it belongs to this very job."""
-    sweep_scratch(job.output)
+def prepare_output(job: Job, *, alone: bool) -> None:
+    """Sweep the folder where nobody else is at work; check that what lies in it belongs to this very job."""
+    if alone:
+        sweep_scratch(job.output)
     plan, found = plan_of(job), None
     if (job.output / MANIFEST).exists():
         manifest = read_manifest(job.output)
@@ -170,51 +223,110 @@ def is_finished(job: Job, shard: int, manifest: Manifest | None) -> bool:
         return False
 
 
+@dataclass(frozen=True)
+class Encoded:
+    """One batch on its way to its shard."""
+
+    shard: int
+    items: list[int]  # source indices
+    views: list[Tensor]  # each [B, C, H, W], on the encoder's device
+    skipped: list[dict[str, str]]
+
+
 @torch.inference_mode()
-def encode_shards(job: Job, shards: list[int], ranks: Ranks) -> None:
-    """Encode this rank's shards, one after the other; decoding runs ahead of the encoder."""
+def encode_shards(job: Job, shards: Iterator[int], ranks: Ranks, claims: Claims | None) -> list[int]:
+    """Encode shards: a thread decodes ahead of the encoder, another one writes behind it. Returns which were made."""
+    first = next(shards, None)
+    if first is None:
+        return []
     encoder = encoder_of(job.recipe.encoder).to(ranks.device)
-    count = sum(len(job.indices(shard)) for shard in shards)
-    progress = Progress(count, "images", "encode-cache", shown=ranks.is_main)
+    decoder = Decoder(
+        job.source,
+        job.recipe.image_size,
+        threads=decode_threads(),
+        skip_bad=job.recipe.on_bad_image == "skip",
+        pinned=ranks.device.type == "cuda",
+    )
+    progress = Progress(images_to_make(job, ranks), "images", "encode-cache", shown=ranks.is_main)
+    made: list[int] = []
+    with behind(lambda batches: save_shards(job, batches, ranks, claims, made)) as put:
+        work = batches_of(job, itertools.chain([first], shards))
+        for shard, decoded in ahead(lambda batch: (batch[0], decoder.batch(batch[1])), work):
+            put(Encoded(shard, decoded.indices, encode_views(job, encoder, decoded, ranks), decoded.skipped))
+            progress.advance(len(decoded.indices) + len(decoded.skipped))
+    return made
+
+
+def images_to_make(job: Job, ranks: Ranks) -> int:
+    """How many images of this rank's share have no record yet."""
+    own = range(ranks.rank, job.shards, ranks.world)
+    return sum(len(job.indices(shard)) for shard in own if not job.record_file(shard).exists())
+
+
+def batches_of(job: Job, shards: Iterable[int]) -> Iterator[tuple[int, list[int]]]:
+    """The shard and the source indices of each batch."""
+    size = job.recipe.batch_size
     for shard in shards:
-        encode_shard(job, shard, encoder, ranks, progress)
-    progress.close()
+        indices = job.indices(shard).tolist()
+        yield from ((shard, indices[start : start + size]) for start in range(0, len(indices), size))
 
 
-def encode_shard(job: Job, shard: int, encoder: FrozenEncoder, ranks: Ranks, progress: Progress) -> None:
+def encode_views(job: Job, encoder: FrozenEncoder, decoded: Decoded, ranks: Ranks) -> list[Tensor]:
+    """Latents of each view, [B, C, H, W], in the dtype of the disk, float32 for int8; none of an empty batch."""
+    if not decoded.indices:
+        return []
+    images = decoded.images.to(ranks.device, non_blocking=True)
+    views = [images] if len(job.layout.views) == 1 else [images, images.flip(3)]
+    dtype = torch.float32 if job.layout.quantised else READ_DTYPES[job.layout.dtype]
+    with torch.autocast(images.device.type, torch.bfloat16, enabled=job.recipe.precision == "bf16"):
+        return [encoder(view.float() / 255).to(dtype) for view in views]
+
+
+@torch.inference_mode()
+def save_shards(job: Job, batches: Iterator[Encoded], ranks: Ranks, claims: Claims | None, made: list[int]) -> None:
+    """Write shards out of the batches that come in, one shard after the other; each goes to `made` when it is whole."""
+    for shard, own in itertools.groupby(batches, key=lambda batch: batch.shard):
+        save_shard(job, shard, own, ranks)
+        made.append(shard)
+        if claims:
+            claims.release(name_of(shard))
+
+
+def save_shard(job: Job, shard: int, batches: Iterable[Encoded], ranks: Ranks) -> None:
     """Write one shard, its sums, and last its record."""
-    indices, size = job.indices(shard), job.recipe.batch_size
-    batches = [indices[start : start + size] for start in range(0, len(indices), size)]
-    sums = LatentSums(job.layout.latent_shape, ranks.device)
-    keys, labels, skipped = [], [], []
+    sums, errors = LatentSums(job.layout.latent_shape, ranks.device), [0.0, 0.0]
+    keys: list[str] = []
+    labels: list[int] = []
+    skipped: list[dict[str, str]] = []
     with atomic_file(job.shard_file(shard)) as scratch:
         writer = ShardWriter(scratch, job.layout)
-        for batch, images, bad in ahead(lambda batch: decode_batch(job, batch), batches):
-            skipped += bad
-            kept = [index for index in batch if job.source.items[index].name not in {entry["source"] for entry in bad}]
-            views = encode_views(job, encoder, images.to(ranks.device)) if kept else []
-            check_finite(views, [job.source.items[index] for index in kept])
-            for row, index in enumerate(kept):
-                sample = torch.stack([latents[row] for latents in views])  # its views
-                sums.add(sample)
-                keys.append(job.keys[index])
-                labels.append(job.source.items[index].label)
-                writer.add(keys[-1], labels[-1], list(sample.cpu()))
-            progress.advance(len(batch))
+        for batch in batches:
+            items = [job.source.items[index] for index in batch.items]
+            check_finite(batch.views, items)
+            skipped += batch.skipped
+            keys += [job.keys[index] for index in batch.items]
+            labels += [item.label for item in items]
+            if items:
+                stored = writer.add(keys[-len(items) :], labels[-len(items) :], batch.views)
+                add_sums(sums, errors, stored, batch.views)
         writer.close()
     with atomic_file(job.sums_file(shard)) as scratch:
         sums.save(scratch)
     file = job.shard_file(shard)
     record = {"name": file.name, "samples": len(keys), "bytes": file.stat().st_size, "sha256": sha256_of(file)}
-    write_json(job.record_file(shard), record | {"keys": keys, "labels": labels, "skipped": skipped})
+    record |= {"keys": keys, "labels": labels, "skipped": skipped, "errors": errors}
+    write_json(job.record_file(shard), record)
 
 
-def encode_views(job: Job, encoder: FrozenEncoder, images: Tensor) -> list[Tensor]:
-    """Latents of each view, [B, C, H, W] in the cache's dtype. images: uint8 [B, 3, S, S]."""
-    views = [images] if len(job.layout.views) == 1 else [images, images.flip(3)]
-    bf16 = job.recipe.precision == "bf16"
-    with torch.autocast(images.device.type, torch.bfloat16, enabled=bf16):
-        return [encoder(view.float() / 255).to(TORCH_DTYPES[job.layout.dtype]) for view in views]
+def add_sums(sums: LatentSums, errors: list[float], stored: list[Tensor], encoded: list[Tensor]) -> None:
+    """Take in a batch sample by sample, all views of one before the next: what readers get, and how far it is off."""
+    for sample in zip(*stored, strict=True):
+        sums.add(torch.stack(sample))
+    if stored[0] is not encoded[0]:  # int8
+        for given, wanted in zip(stored, encoded, strict=True):
+            difference = (given.float() - wanted).double().square().flatten(1).sum(1)
+            errors[0] += sum(difference.tolist())
+            errors[1] += sum(wanted.double().square().flatten(1).sum(1).tolist())
 
 
 def check_finite(views: list[Tensor], items: list[ImageItem]) -> None:
@@ -224,42 +336,6 @@ def check_finite(views: list[Tensor], items: list[ImageItem]) -> None:
         if bad:
             names = ", ".join(items[row].name for row in bad)
             raise NonFiniteError(f"the encoder gives NaN or infinity for {names}; try --precision fp32 or --dtype fp32")
-
-
-def decode_batch(job: Job, indices: np.ndarray) -> tuple[np.ndarray, Tensor, list[dict[str, str]]]:
-    """Pixels uint8 [B, 3, S, S] of the images that can be read, and what was wrong with the others."""
-
-    def decode(index: int) -> np.ndarray | dict[str, str]:
-        item = job.source.items[index]
-        try:
-            return center_crop(decode_rgb(item.read(), item.name), job.recipe.image_size)
-        except InputError as error:
-            return {"source": item.name, "reason": str(error).removeprefix(f"{item.name}: ")}
-
-    decoded = pooled(decode, indices.tolist(), decode_threads())
-    bad = [entry for entry in decoded if isinstance(entry, dict)]
-    if bad and job.recipe.on_bad_image == "fail":
-        raise bad_images(job, bad, decode)
-    good = [entry for entry in decoded if isinstance(entry, np.ndarray)]
-    pixels = np.stack(good) if good else np.empty((0, job.recipe.image_size, job.recipe.image_size, 3), np.uint8)
-    return indices, torch.from_numpy(pixels).permute(0, 3, 1, 2), bad
-
-
-def bad_images(job: Job, bad: list[dict[str, str]], decode: Any) -> InputError:
-    """The error that lists every unreadable image found within a minute."""
-    found = {entry["source"]: entry["reason"] for entry in bad}
-    until, checked = time.monotonic() + CHECK_SECONDS, 0
-    for index in range(len(job.source.items)):
-        if time.monotonic() > until:
-            break
-        entry, checked = decode(index), checked + 1
-        if isinstance(entry, dict):
-            found[entry["source"]] = entry["reason"]
-    lines = "".join(f"\n  {name}: {reason}" for name, reason in sorted(found.items()))
-    looked = f"{checked} of {len(job.source.items)} looked at"
-    return InputError(
-        f"{job.source.path}: {len(found)} unreadable images ({looked}); mend them, or --on-bad-image skip{lines}"
-    )
 
 
 def tie_together(job: Job) -> Manifest:
@@ -319,6 +395,7 @@ def manifest_of(job: Job, records: list[dict[str, Any]]) -> Manifest:
         "classes": job.source.classes,
         "samples": sum(record["samples"] for record in records),
         "samples_per_shard": recipe.samples_per_shard,
+        "batch_size": recipe.batch_size,
         "seed": recipe.seed,
         "source_sha256": job.source.fingerprint(),
         "shards": shards,
@@ -327,8 +404,15 @@ def manifest_of(job: Job, records: list[dict[str, Any]]) -> Manifest:
         "skipped": sorted(
             (entry for record in records for entry in record["skipped"]), key=lambda entry: entry["source"]
         ),
+        "quantisation_error": quantisation_error(records) if job.layout.quantised else None,
     }
     return Manifest.model_validate(tuples(fields))
+
+
+def quantisation_error(records: list[dict[str, Any]]) -> float:
+    """Root of the stored latents' squared error over the encoded ones' squares, all shards."""
+    wrong, square = (sum(record["errors"][part] for record in records) for part in (0, 1))
+    return math.sqrt(wrong / square) if square else 0.0
 
 
 def check_repaired(job: Job, manifest: Manifest, made: list[int]) -> None:
@@ -348,6 +432,7 @@ def check_repaired(job: Job, manifest: Manifest, made: list[int]) -> None:
 def remove_records(job: Job) -> None:
     """Take away what only an unfinished cache needs."""
     (job.output / PLAN).unlink(missing_ok=True)
+    (job.output / TIE).unlink(missing_ok=True)
     for shard in range(job.shards):
         job.record_file(shard).unlink(missing_ok=True)
         job.sums_file(shard).unlink(missing_ok=True)

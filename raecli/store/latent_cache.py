@@ -64,7 +64,9 @@ class LatentCache:
         """What `latents` gives: the dtype on disk; bf16 for int8."""
         return READ_DTYPES[self.layout.dtype]
 
-    def latents(self, indices: Sequence[int], flipped: Sequence[bool] | None = None, out: Tensor | None = None) -> Tensor:
+    def latents(
+        self, indices: Sequence[int], flipped: Sequence[bool] | None = None, out: Tensor | None = None
+    ) -> Tensor:
         """Latents [B, C, H, W] of samples, of dtype `self.dtype`; `flipped` chooses the mirrored views.
 
         out: where to put them; its first B rows are returned. Without it memory is asked for, which costs as much
@@ -112,7 +114,9 @@ def allow_open_files(count: int) -> None:
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = count + 512
     if soft != resource.RLIM_INFINITY and soft < wanted:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted if hard == resource.RLIM_INFINITY else min(wanted, hard), hard))
+        resource.setrlimit(
+            resource.RLIMIT_NOFILE, (wanted if hard == resource.RLIM_INFINITY else min(wanted, hard), hard)
+        )
 
 
 class Mapped:

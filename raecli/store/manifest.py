@@ -47,12 +47,14 @@ class Manifest(Spec):
     classes: tuple[str, ...]  # names by label; empty: the images have no classes
     samples: int
     samples_per_shard: Count
+    batch_size: Count | None = None  # of the encoder's forwards, on which a latent's last bits depend; None: not told
     seed: int
     source_sha256: str  # of the list of image names and sizes
     shards: tuple[ShardRecord, ...]
     index_sha256: str
     statistics_sha256: str
     skipped: tuple[SkippedImage, ...] = ()
+    quantisation_error: float | None = None  # of int8: sqrt(sum (stored - encoded)^2 / sum encoded^2), all latents
 
 
 def read_manifest(cache: str | Path) -> Manifest:

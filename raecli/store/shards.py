@@ -173,12 +173,12 @@ class ShardWriter:
     def add(self, keys: Sequence[str], labels: Sequence[int], views: Sequence[Tensor]) -> list[Tensor]:
         """Append samples; returns each view as its readers will get it, [B, C, H, W].
 
-        views: [B, C, H, W] a view, on the CPU, finite; of the layout's dtype, or of any float type for int8.
+        views: [B, C, H, W] a view, on any device, finite; of the layout's dtype, or of any float type for int8.
         """
         parts: list[list[Tensor]] = []  # one list of arrays a view: numbers, scales
         for latents in views:
             parts.append(list(quantise(latents)) if self.layout.quantised else [latents])
-        rows = [array.contiguous().flatten(1).view(torch.uint8).numpy() for view in parts for array in view]
+        rows = [array.contiguous().flatten(1).view(torch.uint8).cpu().numpy() for view in parts for array in view]
         prefixes = [self.layout.prefix, *([self.layout.scale_prefix] * self.layout.quantised)] * len(views)
         pieces: list[bytes | np.ndarray] = []
         for row, (key, label) in enumerate(zip(keys, labels, strict=True)):
