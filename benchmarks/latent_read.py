@@ -19,8 +19,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
-
 from latent_cache import make_cache
+
 from raecli.data.feed import LatentFeed, ahead, host_buffer
 from raecli.data.order import stream_slice
 from raecli.store.latent_cache import LatentCache

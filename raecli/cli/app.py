@@ -5,7 +5,7 @@ from typing import Annotated
 import typer
 
 from raecli import __version__
-from raecli.cli import convert, encode_cache, evaluate, fetch, flops, overfit_toy, recipes, sample, train
+from raecli.cli import convert, encode_cache, evaluate, fetch, flops, overfit_toy, recipes, sample, train, verify
 
 app = typer.Typer(
     name="rae",
@@ -35,6 +35,7 @@ def root(
 
 
 app.command("encode-cache")(encode_cache.encode_cache)
+app.command("verify")(verify.verify)
 app.command("train-decoder")(train.train_decoder)
 app.command("train-diffusion")(train.train_diffusion)
 app.command("sample")(sample.sample)

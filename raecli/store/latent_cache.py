@@ -15,10 +15,11 @@ from torch import Tensor
 
 from raecli.errors import InputError
 from raecli.store.atomic import sha256_of
-from raecli.store.manifest import Manifest, read_manifest
+from raecli.store.manifest import MANIFEST, Manifest, read_manifest
 from raecli.store.shards import READ_DTYPES, ShardLayout
 from raecli.store.statistics import STATISTICS, LatentStatistics, load_statistics
 from raecli.store.tensors import save_tensors
+from raecli.store.verify import shard_problems
 
 INDEX = "index.safetensors"
 VIEWS = {"center": ("latent",), "center+flip": ("latent", "flip")}
@@ -192,6 +193,19 @@ def check_cache(path: str | Path) -> Manifest:
     if not len(labels) == len(keys) == manifest.samples == sum(record.samples for record in manifest.shards):
         raise InputError(f"{folder}: manifest and index count samples differently; run rae encode-cache anew")
     return manifest
+
+
+def cache_problems(folder: Path, manifest: Manifest, *, fast: bool) -> list[tuple[str, str]]:
+    """(name, what is wrong) of every file that is not as the manifest tells. fast: shards by sizes and headers only."""
+    layout = ShardLayout(manifest.latent_shape, manifest.dtype, VIEWS[manifest.views])
+    tables = [tuple(problem.split(": ", 1)) for problem in bad_tables(folder, manifest)]
+    problems = [(name, told) for name, told in tables] + list(shard_problems(folder, manifest, layout, fast=fast))
+    counted = sum(record.samples for record in manifest.shards)
+    if counted != manifest.samples:
+        problems.append((MANIFEST, f"tells {manifest.samples} samples, its shards have {counted}"))
+    if not tables and len(read_index(folder / INDEX)[0]) != manifest.samples:
+        problems.append((INDEX, f"counts samples otherwise than the manifest's {manifest.samples}"))
+    return problems
 
 
 def bad_tables(folder: Path, manifest: Manifest) -> list[str]:
