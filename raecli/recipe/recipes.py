@@ -89,6 +89,7 @@ class TrainDiffusionRecipe(TrainingRecipe):
     flow: FlowSpec
     label_dropout: Probability = 0.1
     horizontal_flip: bool = True  # use the cache's flipped views, where it has them
+    remote_cache_gb: Positive = 100.0  # room on this machine for shards of a cache at a URL
     shuffle: Literal["global", "block"] = "global"  # block: for cold disks, network storage and remote caches
     shuffle_block: Count = 2048  # samples that lie together and are read together; 16 such runs are mixed at a time
 

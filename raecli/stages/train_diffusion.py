@@ -102,7 +102,7 @@ def train(state: State, cache: LatentCache, total: int, recipe: TrainDiffusionRe
 def open_verified(recipe: TrainDiffusionRecipe, ranks: Ranks) -> LatentCache:
     """The cache, its shards' digests checked: each rank takes its share. Larger caches: each shard at its first use."""
     ranks.main_first(lambda: check_cache(recipe.cache))  # what is wrong with it is told once
-    cache = open_cache(recipe.cache)
+    cache = open_cache(recipe.cache, recipe.remote_cache_gb)
     numbers = range(ranks.rank, len(cache.manifest.shards), ranks.world)
     small = sum(shard.bytes for shard in cache.manifest.shards) <= VERIFY_BYTES
     cache.verify_at_first_use = not small

@@ -16,6 +16,7 @@ from torch import Tensor
 from raecli.errors import InputError
 from raecli.store.atomic import sha256_of
 from raecli.store.manifest import MANIFEST, Manifest, read_manifest
+from raecli.store.remote import PLACE, RemoteShards, local_folder, remote_of
 from raecli.store.shards import READ_DTYPES, ShardLayout
 from raecli.store.statistics import STATISTICS, LatentStatistics, load_statistics
 from raecli.store.tensors import save_tensors
@@ -31,8 +32,10 @@ class LatentCache:
     Sample i is i-th in the cache's own, seeded order, not in the order of the images' names.
     """
 
-    def __init__(self, folder: Path, manifest: Manifest, labels: Tensor, keys: list[str]) -> None:
-        self.folder, self.manifest = folder, manifest
+    def __init__(
+        self, folder: Path, manifest: Manifest, labels: Tensor, keys: list[str], remote: RemoteShards | None = None
+    ) -> None:
+        self.folder, self.manifest, self.remote = folder, manifest, remote
         self.verify_at_first_use = False  # hold each shard against its digest when it is first mapped
         self.labels = labels  # int64 [N]
         self.keys = keys
@@ -94,15 +97,27 @@ class LatentCache:
     def mapped(self, shard: int) -> "Mapped":
         """A shard's file in memory, mapped at its first use and from then on."""
         if shard not in self.maps:
-            if self.verify_at_first_use and (problems := self.bad_shards([shard])):
+            if self.remote:
+                self.bring(shard, self.remote)
+            elif self.verify_at_first_use and (problems := self.bad_shards([shard])):
                 raise damaged(self.folder, problems)
             record = self.manifest.shards[shard]
             self.maps[shard] = Mapped(self.folder / record.name, self.layout, record.samples)
         return self.maps[shard]
 
+    def bring(self, shard: int, remote: RemoteShards) -> None:
+        """Have a remote shard here, and let go of those whose copies went for it, so that their room is free."""
+        record = self.manifest.shards[shard]
+        remote.fetch(record.name, record.bytes, record.sha256)
+        for other in list(self.maps):
+            if not (self.folder / self.manifest.shards[other].name).exists():
+                del self.maps[other]
+
     def bad_shards(self, shards: Iterable[int] | None = None) -> list[str]:
         """`name: what is wrong` for each shard whose bytes are not the manifest's, by sha256."""
-        problems = []
+        problems: list[str] = []
+        if self.remote:  # each is held against its digest when it arrives
+            return problems
         for number in range(len(self.manifest.shards)) if shards is None else shards:
             record = self.manifest.shards[number]
             if sha256_of(self.folder / record.name) != record.sha256:
@@ -164,23 +179,24 @@ class Mapped:
         return False
 
 
-def open_cache(path: str | Path) -> LatentCache:
+def open_cache(path: str | Path, remote_cache_gb: float = 100.0) -> LatentCache:
     """Open a latent cache; checks its manifest, the digests of index and statistics, and the size of every shard.
 
-    Raises InputError naming every file that is missing or not as it was written.
+    path: a folder, or a URL (store/remote.py), whose shards take at most remote_cache_gb here. Raises InputError
+    naming every file that is missing or not as it was written.
     """
-    folder = Path(path)
+    folder = local_folder(path)
     manifest = check_cache(folder)
-    return LatentCache(folder, manifest, *read_index(folder / INDEX))
+    return LatentCache(folder, manifest, *read_index(folder / INDEX), remote_of(folder, remote_cache_gb))
 
 
 def check_cache(path: str | Path) -> Manifest:
     """The checks of open_cache; returns the manifest."""
-    folder = Path(path)
+    folder = local_folder(path)
     manifest = read_manifest(folder)
     layout = ShardLayout(manifest.latent_shape, manifest.dtype, VIEWS[manifest.views])
     problems = bad_tables(folder, manifest)
-    for record in manifest.shards:
+    for record in () if (folder / PLACE).is_file() else manifest.shards:  # remote ones come when they are needed
         file = folder / record.name
         found = file.stat().st_size if file.is_file() else None
         if found is None:

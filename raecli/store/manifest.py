@@ -9,6 +9,7 @@ from pydantic import ValidationError
 from raecli.errors import InputError
 from raecli.recipe.blocks import Dtype, EncoderSpec, Precision
 from raecli.recipe.spec import Count, Spec
+from raecli.store.remote import local_folder
 
 MANIFEST = "manifest.json"
 PREPROCESS: Literal["adm-center-crop"] = (
@@ -58,8 +59,8 @@ class Manifest(Spec):
 
 
 def read_manifest(cache: str | Path) -> Manifest:
-    """The manifest of a cache folder. Raises InputError if there is none, or it is not one."""
-    folder = Path(cache)
+    """The manifest of a cache, in a folder or at a URL. Raises InputError if there is none, or it is not one."""
+    folder = local_folder(cache)
     path = folder / MANIFEST
     if not folder.is_dir():
         raise InputError(f"{folder}: no such folder; make the cache with rae encode-cache --encoder E IMAGES {folder}")
