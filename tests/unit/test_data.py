@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from raecli.data.feed import Abandoned, ahead, behind, pooled
+from raecli.data.feed import Abandoned, LatentFeed, ahead, behind, pooled
 from raecli.data.images import open_images, unique_keys
 from raecli.data.order import (
     WINDOW_BLOCKS,
@@ -22,6 +22,7 @@ from raecli.data.order import (
 from raecli.data.preprocess import center_crop, decode_pixels, decode_rgb, random_crop
 from raecli.data.resample import by_pillow, compiled_resample, resized_window
 from raecli.errors import InputError
+from raecli.store.latent_cache import open_cache
 
 
 def encoded(image: Image.Image, kind: str = "PNG") -> bytes:
@@ -366,3 +367,20 @@ def test_work_behind_gets_all_items_and_failures_go_both_ways():
         put(1)
         raise KeyError
     assert cleaned == [True]
+
+
+def test_the_feed_gives_each_step_its_samples_while_a_batch_is_in_use(cache):
+    opened = open_cache(cache)
+
+    def samples_of(step: int) -> tuple[np.ndarray, list[bool]]:
+        return stream_slice(0, len(opened), step * 5, 5), [step % 2 == 0] * 5
+
+    feed = LatentFeed(opened, samples_of, 5, torch.device("cpu"))
+    before = None
+    for step, (indices, latents) in enumerate(ahead(feed.batch, range(40))):
+        np.testing.assert_array_equal(indices, samples_of(step)[0])
+        assert torch.equal(latents, opened.latents(indices, samples_of(step)[1]))
+        if before is not None:  # its copy to a GPU may still be under way
+            assert torch.equal(before[0], before[1])
+        before = (latents, latents.clone())
+    assert len({buffer.data_ptr() for buffer in feed.buffers}) == len(feed.buffers) == 5
