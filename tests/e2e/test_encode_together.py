@@ -28,15 +28,6 @@ def test_two_jobs_at_once_and_one_that_dies_make_the_cache_that_one_makes(tmp_pa
     assert found == tree(tmp_path / "alone")
 
 
-def test_who_does_not_share_is_refused_beside_one_who_does(tmp_path, rae):
-    source = make_images(tmp_path / "images", classes=4, each=60, side=90)
-    job = start(*ENCODE, source, "out", "--samples-per-shard", "4", "--join", cwd=tmp_path)
-    wait_for(job, lambda: list((tmp_path / "out").glob("shard-*.json")))
-    assert "another rae is writing here" in rae(*ENCODE, source, "out", "--samples-per-shard", "4", code=2).stderr
-    job.communicate(timeout=120)
-    assert job.returncode == 0
-
-
 def test_int8_is_near_and_says_how_near(tmp_path, rae, images):
     rae(*ENCODE, images, "exact", "--dtype", "fp32", "--views", "center+flip")
     rae(*ENCODE, images, "int8", "--dtype", "int8", "--views", "center+flip")

@@ -25,7 +25,7 @@ from raecli.store.checkpoint import (
     save_final,
 )
 from raecli.store.latent_cache import Mapped, read_index, write_index
-from raecli.store.lock import hold_folder
+from raecli.store.lock import Claims, hold_folder, share_folder
 from raecli.store.run_folder import MetricsLog
 from raecli.store.samples import begin_samples, by_label, finish_samples, image_file, is_whole_png, write_npz, write_png
 from raecli.store.shards import TORCH_DTYPES, ShardLayout, ShardWriter, header_of, quantise
@@ -89,6 +89,20 @@ def test_a_folder_has_one_writer(tmp_path):
     with hold_folder(tmp_path):
         assert (tmp_path / ".lock").exists()
     assert not (tmp_path / ".lock").exists()
+
+
+def test_a_shared_folder_keeps_out_who_does_not_share_and_each_piece_has_one_owner(tmp_path):
+    alone = []
+    with share_folder(tmp_path, alone.append), share_folder(tmp_path, alone.append):
+        assert alone == [True, False]
+        with pytest.raises(UsageError, match="another rae"), hold_folder(tmp_path):
+            pass
+        one, other = Claims(tmp_path), Claims(tmp_path)
+        assert one.take("shard-000000") and not other.take("shard-000000") and other.take("shard-000001")
+        one.release("shard-000000")
+        assert other.take("shard-000000")
+    with hold_folder(tmp_path):  # the last one let go
+        pass
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp16", "fp32"])
