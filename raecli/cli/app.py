@@ -17,6 +17,7 @@ from raecli.cli import (
     reconstruct,
     sample,
     train,
+    verify,
 )
 
 app = typer.Typer(
@@ -47,6 +48,7 @@ def root(
 
 
 app.command("encode-cache")(encode_cache.encode_cache)
+app.command("verify")(verify.verify)
 app.command("train-decoder")(train.train_decoder)
 app.command("train-diffusion")(train.train_diffusion)
 app.command("sample")(sample.sample)

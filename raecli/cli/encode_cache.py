@@ -28,7 +28,10 @@ def encode_cache(
     input_size: Annotated[int | None, typer.Option("--input-size", help="Pixels a side the encoder sees.")] = None,
     layers: Annotated[str, typer.Option(help="last; or sum:K, the sum of the last K blocks.")] = "last",
     views: Annotated[Literal["center", "center+flip"], typer.Option(help="What is stored of an image.")] = "center",
-    dtype: Annotated[Literal["bf16", "fp16", "fp32"], typer.Option(help="Of the latents on disk.")] = "bf16",
+    dtype: Annotated[
+        Literal["bf16", "fp16", "fp32", "int8"],
+        typer.Option(help="Of the latents on disk; int8 has a scale a channel of each image."),
+    ] = "bf16",
     precision: Annotated[
         Literal["bf16", "fp32"] | None, typer.Option(help="Of the encoder [default: bf16 on a GPU, fp32 on a CPU].")
     ] = None,
@@ -38,6 +41,9 @@ def encode_cache(
     on_bad_image: Annotated[
         Literal["fail", "skip"], typer.Option(help="What to do with an unreadable image.")
     ] = "fail",
+    join: Annotated[
+        bool, typer.Option("--join", help="Share the work with other jobs of this very command, on any machine.")
+    ] = False,
     devices: DevicesOpt = None,
     nnodes: NnodesOpt = 1,
     node_rank: NodeRankOpt = 0,
@@ -71,6 +77,7 @@ def encode_cache(
             "batch_size": batch_size,
             "seed": seed,
             "on_bad_image": on_bad_image,
+            "join": join,
         },
     )
     start("encode-cache", recipe, LaunchOptions(devices, nnodes, node_rank, rdzv, timeout), dry_run=dry_run)

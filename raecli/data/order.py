@@ -7,6 +7,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+WINDOW_BLOCKS = 16  # runs that are mixed with each other
+
 
 def key_of(seed: int, purpose: str, index: int) -> int:
     """A 64-bit key for one draw."""
@@ -23,15 +25,36 @@ def permutation(seed: int, purpose: str, index: int, size: int) -> np.ndarray:
     return order
 
 
-def stream_slice(seed: int, size: int, first: int, count: int) -> np.ndarray:
+@functools.lru_cache(maxsize=4)
+def block_permutation(seed: int, index: int, size: int, block: int) -> np.ndarray:
+    """An order of range(size) for storage that reads runs well and single samples badly, int64, not to be changed.
+
+    Runs of `block` neighbours come in a random order; each WINDOW_BLOCKS of them in turn are mixed sample by sample.
+    So a reader works within WINDOW_BLOCKS runs at a time. Every sample comes once.
+    """
+    runs = permutation(seed, "blocks", index, -(-size // block))
+    order = (runs[:, None] * block + np.arange(block)).ravel()
+    order = order[order < size]  # the last run may be short
+    generator = np.random.Generator(np.random.Philox(key=key_of(seed, "within blocks", index)))
+    windows = np.arange(size) // (block * WINDOW_BLOCKS)
+    order = order[np.lexsort((generator.random(size), windows))]
+    order.flags.writeable = False
+    return order
+
+
+def stream_slice(seed: int, size: int, first: int, count: int, block: int | None = None) -> np.ndarray:
     """Samples at positions [first, first + count) of the endless stream of epochs, each a permutation of all.
 
-    Position p is in epoch p // size; nothing is dropped at an epoch's end.
+    Position p is in epoch p // size; nothing is dropped at an epoch's end. block: None shuffles over all samples,
+    else as block_permutation does.
     """
     parts = []
     while count > 0:
         epoch, start = divmod(first, size)
-        part = permutation(seed, "epoch", epoch, size)[start : start + count]
+        order = (
+            permutation(seed, "epoch", epoch, size) if block is None else block_permutation(seed, epoch, size, block)
+        )
+        part = order[start : start + count]
         parts.append(part)
         first, count = first + len(part), count - len(part)
     return np.concatenate(parts) if parts else np.empty(0, np.int64)

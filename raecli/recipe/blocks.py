@@ -8,7 +8,7 @@ from pydantic import AfterValidator, Field, model_validator
 
 from raecli.recipe.spec import Count, Duration, NonNegative, Positive, Probability, Spec
 
-Dtype = Literal["bf16", "fp16", "fp32"]
+Dtype = Literal["bf16", "fp16", "fp32", "int8"]
 Precision = Literal["bf16", "fp32"]
 ReconstructionMetric = Literal["rfid", "psnr", "ssim", "lpips"]
 

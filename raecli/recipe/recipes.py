@@ -40,6 +40,7 @@ class EncodeCacheRecipe(Spec):
     batch_size: Count = 128
     seed: int = 0
     on_bad_image: Literal["fail", "skip"] = "fail"
+    join: bool = False  # share the work with other jobs that make this very cache
 
 
 class TrainingRecipe(Spec):
@@ -95,6 +96,9 @@ class TrainDiffusionRecipe(TrainingRecipe):
     flow: FlowSpec
     label_dropout: Probability = 0.1
     horizontal_flip: bool = True  # use the cache's flipped views, where it has them
+    remote_cache_gb: Positive = 100.0  # room on this machine for shards of a cache at a URL
+    shuffle: Literal["global", "block"] = "global"  # block: for cold disks, network storage and remote caches
+    shuffle_block: Count = 2048  # samples that lie together and are read together; 16 such runs are mixed at a time
     parallel: Literal["ddp", "fsdp"] = "ddp"  # every rank has the whole state | each a share of it
     checkpoint_activations: bool = (
         False  # blocks compute theirs again in the backward pass: less memory, a third slower

@@ -1,220 +1,188 @@
 """`rae encode-cache`: reads images and a frozen encoder; writes a latent cache.
 
 Shards are encoded whole, in batches of fixed make-up, so a shard's bytes depend on neither ranks nor restarts. A
-finished shard has a record beside it; the manifest comes last, and then the records go.
+finished shard has a record beside it; the manifest comes last, and then the records go. Decoding, the encoder, and
+writing each have a thread, and go on across the ends of shards.
 """
 
+import contextlib
 import itertools
 import json
-import time
+import math
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from raecli.data.feed import ahead, pooled
-from raecli.data.images import ImageItem, ImageSource, open_images, unique_keys
-from raecli.data.order import permutation
-from raecli.data.preprocess import center_crop, decode_rgb
-from raecli.errors import InputError, NonFiniteError, StorageError, UsageError
+from raecli.data.decode import Decoded, Decoder
+from raecli.data.encoding_job import (
+    TIE,
+    Job,
+    batches_of,
+    finished_cache,
+    is_done_by_any,
+    make_job,
+    name_of,
+    prepare_output,
+    remove_records,
+    shards_to_make,
+)
+from raecli.data.feed import ahead, behind
+from raecli.data.images import ImageItem
+from raecli.errors import InputError, NonFiniteError
 from raecli.models.build import FrozenEncoder, encoder_of
 from raecli.recipe.recipes import EncodeCacheRecipe
-from raecli.store.atomic import atomic_file, sha256_of, sweep_scratch, write_json
-from raecli.store.latent_cache import INDEX, VIEWS, LatentCache, bad_tables, write_index
-from raecli.store.manifest import MANIFEST, Manifest, differing_fields, encoder_identity, read_manifest, tuples
-from raecli.store.shards import TORCH_DTYPES, ShardLayout, ShardWriter
+from raecli.store.atomic import atomic_file, sha256_of, write_json
+from raecli.store.latent_cache import INDEX, LatentCache, bad_tables, write_index
+from raecli.store.lock import Claims, one_at_a_time, share_folder
+from raecli.store.manifest import MANIFEST, Manifest, tuples
+from raecli.store.shards import READ_DTYPES, ShardWriter
 from raecli.store.statistics import STATISTICS, LatentSums
 from raecli.training.distributed import Ranks, decode_threads
 from raecli.training.progress import Progress
-
-PLAN = "plan.json"
-UNRECORDED = ("batch_size", "on_bad_image")  # have to stay while a cache is being made; its manifest does not tell them
-CHECK_SECONDS = 60.0  # after a bad image, how long the others are looked at for a full list
-
-
-@dataclass(frozen=True)
-class Job:
-    """What every shard of a run has in common."""
-
-    recipe: EncodeCacheRecipe
-    source: ImageSource
-    keys: list[str]
-    order: np.ndarray  # cache position -> source index
-    layout: ShardLayout
-    output: Path
-
-    @property
-    def shards(self) -> int:
-        """How many shards the cache has."""
-        return -(-len(self.order) // self.recipe.samples_per_shard)
-
-    def indices(self, shard: int) -> np.ndarray:
-        """Source indices of a shard's samples, in their order."""
-        size = self.recipe.samples_per_shard
-        return self.order[shard * size : (shard + 1) * size]
-
-    def shard_file(self, shard: int) -> Path:
-        """shard-000000.tar"""
-        return self.output / f"shard-{shard:06d}.tar"
-
-    def record_file(self, shard: int) -> Path:
-        """Its record, there while the job is not finished."""
-        return self.output / f"shard-{shard:06d}.json"
-
-    def sums_file(self, shard: int) -> Path:
-        """Its sums for the statistics, likewise."""
-        return self.output / f"shard-{shard:06d}.sums.safetensors"
 
 
 def run(recipe: EncodeCacheRecipe, ranks: Ranks) -> None:
     """Encode all images that have no latents yet, then tie the cache together."""
     job = make_job(recipe)
-    with ranks.holding(job.output):
-        ranks.main_first(lambda: prepare_output(job))
+    with holding_output(job, ranks):
         finished = finished_cache(job)
-        own = range(ranks.rank, job.shards, ranks.world)  # whatever is done already: all ranks agree on whose is whose
-        made = [shard for shard in own if not is_finished(job, shard, finished)]
-        if made:
-            encode_shards(job, made, ranks)
+        claims = Claims(job.output) if recipe.join else None
+        made = encode_shards(job, shards_to_make(job, finished, ranks.rank, ranks.world, claims), ranks, claims)
         made = sorted(shard for part in ranks.gather(made) for shard in part)
         ranks.main_first(lambda: finish(job, finished, made))
 
 
+@contextlib.contextmanager
+def holding_output(job: Job, ranks: Ranks) -> Iterator[None]:
+    """Hold the output for this job alone, or with --join for it and its like; prepared for work."""
+    if not job.recipe.join:
+        with ranks.holding(job.output):
+            ranks.main_first(lambda: prepare_output(job, alone=True))
+            yield
+        return
+    with contextlib.ExitStack() as stack:
+        shared = share_folder(job.output, lambda alone: prepare_output(job, alone=alone))
+        ranks.main_first(lambda: stack.enter_context(shared))
+        yield
+
+
 def finish(job: Job, finished: Manifest | None, made: list[int]) -> None:
-    """Write or check what ties the shards together, and say what there is."""
-    if finished is None:
-        manifest = tie_together(job)
-    else:
-        manifest = finished
-        check_repaired(job, manifest, made)
-        if bad_tables(job.output, manifest):
-            mend_tables(job, manifest)
-    remove_records(job)
+    """Write or check what ties the shards together, and say what there is. Of jobs that share, the last one does."""
+    with one_at_a_time(job.output / TIE):
+        if not all(is_done_by_any(job, shard, finished) for shard in range(job.shards)):
+            print(f"{job.output}: {len(made)} of {job.shards} shards made here; the jobs beside this one finish it")
+            return
+        manifest = finished or finished_cache(job)
+        if manifest is None:
+            manifest = tie_together(job)
+        elif finished is not None:
+            check_repaired(job, manifest, made)
+            if bad_tables(job.output, manifest):
+                mend_tables(job, manifest)
+        remove_records(job)
     shards, skipped = len(manifest.shards), len(manifest.skipped)
     print(f"{job.output}: {manifest.samples} samples in {shards} shards, {skipped} images skipped")
 
 
-def make_job(recipe: EncodeCacheRecipe) -> Job:
-    """List the images and fix their order."""
-    if Path(recipe.output).resolve() == Path(recipe.source).resolve():
-        raise UsageError(f"{recipe.output}: is the images' own folder; choose another one for the latents")
-    source = open_images(recipe.source)
-    encoder = recipe.encoder
-    layout = ShardLayout(encoder.latent_shape, recipe.dtype, VIEWS[recipe.views])
-    order = permutation(recipe.seed, "cache", 0, len(source.items))
-    return Job(recipe, source, unique_keys(item.name for item in source.items), order, layout, Path(recipe.output))
+@dataclass(frozen=True)
+class Encoded:
+    """One batch on its way to its shard."""
 
-
-def plan_of(job: Job) -> dict[str, Any]:
-    """What has to agree for two runs to make one cache."""
-    recipe = job.recipe
-    return {
-        **{f"encoder.{key}": value for key, value in encoder_identity(recipe.encoder).items()},
-        **{
-            key: getattr(recipe, key)
-            for key in ("image_size", "views", "dtype", "precision", "samples_per_shard", "seed")
-        },
-        "source_sha256": job.source.fingerprint(),
-        **{key: getattr(recipe, key) for key in UNRECORDED},
-    }
-
-
-def prepare_output(job: Job) -> None:
-    """Make the folder, or check that what lies in it belongs to this very job."""
-    sweep_scratch(job.output)
-    plan, found = plan_of(job), None
-    if (job.output / MANIFEST).exists():
-        manifest = read_manifest(job.output)
-        identity = {f"encoder.{key}": value for key, value in encoder_identity(manifest.encoder).items()}
-        plan = {key: value for key, value in plan.items() if key not in UNRECORDED}
-        found = identity | {key: getattr(manifest, key) for key in plan if not key.startswith("encoder.")}
-    elif (job.output / PLAN).exists():
-        found = json.loads((job.output / PLAN).read_text(encoding="utf-8"))
-    if found is not None and found != plan:
-        fields = "".join(f"\n  {field}" for field in differing_fields(found, plan))
-        raise InputError(f"{job.output}: holds another cache; choose another folder or delete it{fields}")
-    if found is None:
-        check_room(job)
-        write_json(job.output / PLAN, plan)
-
-
-def check_room(job: Job) -> None:
-    """Refuse a disk that is plainly too small."""
-    import shutil
-
-    needed = job.layout.shard_bytes(len(job.order))
-    free = shutil.disk_usage(job.output).free
-    if needed > free:
-        raise StorageError(f"{job.output}: the cache takes {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free")
-
-
-def finished_cache(job: Job) -> Manifest | None:
-    """The manifest, if this cache was finished before."""
-    return read_manifest(job.output) if (job.output / MANIFEST).exists() else None
-
-
-def is_finished(job: Job, shard: int, manifest: Manifest | None) -> bool:
-    """Whether a shard is there and whole: by its digest in a finished cache, by its record in an unfinished one."""
-    file = job.shard_file(shard)
-    if manifest is not None:
-        record = manifest.shards[shard]
-        return file.is_file() and file.stat().st_size == record.bytes and sha256_of(file) == record.sha256
-    if not (job.record_file(shard).is_file() and job.sums_file(shard).is_file() and file.is_file()):
-        return False
-    try:
-        return sha256_of(file) == json.loads(job.record_file(shard).read_text(encoding="utf-8"))["sha256"]
-    except (ValueError, KeyError, TypeError):  # a damaged record: the shard is made anew
-        return False
+    shard: int
+    items: list[int]  # source indices
+    views: list[Tensor]  # each [B, C, H, W], on the encoder's device
+    skipped: list[dict[str, str]]
 
 
 @torch.inference_mode()
-def encode_shards(job: Job, shards: list[int], ranks: Ranks) -> None:
-    """Encode this rank's shards, one after the other; decoding runs ahead of the encoder."""
+def encode_shards(job: Job, shards: Iterator[int], ranks: Ranks, claims: Claims | None) -> list[int]:
+    """Encode shards: a thread decodes ahead of the encoder, another one writes behind it. Returns which were made."""
+    first = next(shards, None)
+    if first is None:
+        return []
     encoder = encoder_of(job.recipe.encoder).to(ranks.device)
-    count = sum(len(job.indices(shard)) for shard in shards)
-    progress = Progress(count, "images", "encode-cache", shown=ranks.is_main)
-    for shard in shards:
-        encode_shard(job, shard, encoder, ranks, progress)
-    progress.close()
+    decoder = Decoder(
+        job.source,
+        job.recipe.image_size,
+        threads=decode_threads(),
+        skip_bad=job.recipe.on_bad_image == "skip",
+        pinned=ranks.device.type == "cuda",
+    )
+    progress = Progress(images_to_make(job, ranks), "images", "encode-cache", shown=ranks.is_main)
+    made: list[int] = []
+    with behind(lambda batches: save_shards(job, batches, ranks, claims, made)) as put:
+        work = batches_of(job, itertools.chain([first], shards))
+        for shard, decoded in ahead(lambda batch: (batch[0], decoder.batch(batch[1])), work):
+            put(Encoded(shard, decoded.indices, encode_views(job, encoder, decoded, ranks), decoded.skipped))
+            progress.advance(len(decoded.indices) + len(decoded.skipped))
+    return made
 
 
-def encode_shard(job: Job, shard: int, encoder: FrozenEncoder, ranks: Ranks, progress: Progress) -> None:
+def images_to_make(job: Job, ranks: Ranks) -> int:
+    """How many images of this rank's share have no record yet."""
+    own = range(ranks.rank, job.shards, ranks.world)
+    return sum(len(job.indices(shard)) for shard in own if not job.record_file(shard).exists())
+
+
+def encode_views(job: Job, encoder: FrozenEncoder, decoded: Decoded, ranks: Ranks) -> list[Tensor]:
+    """Latents of each view, [B, C, H, W], in the dtype of the disk, float32 for int8; none of an empty batch."""
+    if not decoded.indices:
+        return []
+    images = decoded.images.to(ranks.device, non_blocking=True)
+    views = [images] if len(job.layout.views) == 1 else [images, images.flip(3)]
+    dtype = torch.float32 if job.layout.quantised else READ_DTYPES[job.layout.dtype]
+    with torch.autocast(images.device.type, torch.bfloat16, enabled=job.recipe.precision == "bf16"):
+        return [encoder(view.float() / 255).to(dtype) for view in views]
+
+
+@torch.inference_mode()
+def save_shards(job: Job, batches: Iterator[Encoded], ranks: Ranks, claims: Claims | None, made: list[int]) -> None:
+    """Write shards out of the batches that come in, one shard after the other; each goes to `made` when it is whole."""
+    for shard, own in itertools.groupby(batches, key=lambda batch: batch.shard):
+        save_shard(job, shard, own, ranks)
+        made.append(shard)
+        if claims:
+            claims.release(name_of(shard))
+
+
+def save_shard(job: Job, shard: int, batches: Iterable[Encoded], ranks: Ranks) -> None:
     """Write one shard, its sums, and last its record."""
-    indices, size = job.indices(shard), job.recipe.batch_size
-    batches = [indices[start : start + size] for start in range(0, len(indices), size)]
-    sums = LatentSums(job.layout.latent_shape, ranks.device)
-    keys, labels, skipped = [], [], []
+    sums, errors = LatentSums(job.layout.latent_shape, ranks.device), [0.0, 0.0]
+    keys: list[str] = []
+    labels: list[int] = []
+    skipped: list[dict[str, str]] = []
     with atomic_file(job.shard_file(shard)) as scratch:
         writer = ShardWriter(scratch, job.layout)
-        for batch, images, bad in ahead(lambda batch: decode_batch(job, batch), batches):
-            skipped += bad
-            kept = [index for index in batch if job.source.items[index].name not in {entry["source"] for entry in bad}]
-            views = encode_views(job, encoder, images.to(ranks.device)) if kept else []
-            check_finite(views, [job.source.items[index] for index in kept])
-            for row, index in enumerate(kept):
-                sample = torch.stack([latents[row] for latents in views])  # its views
-                sums.add(sample)
-                keys.append(job.keys[index])
-                labels.append(job.source.items[index].label)
-                writer.add(keys[-1], labels[-1], list(sample.cpu()))
-            progress.advance(len(batch))
+        for batch in batches:
+            items = [job.source.items[index] for index in batch.items]
+            check_finite(batch.views, items)
+            skipped += batch.skipped
+            keys += [job.keys[index] for index in batch.items]
+            labels += [item.label for item in items]
+            if items:
+                stored = writer.add(keys[-len(items) :], labels[-len(items) :], batch.views)
+                add_sums(sums, errors, stored, batch.views)
         writer.close()
     with atomic_file(job.sums_file(shard)) as scratch:
         sums.save(scratch)
     file = job.shard_file(shard)
     record = {"name": file.name, "samples": len(keys), "bytes": file.stat().st_size, "sha256": sha256_of(file)}
-    write_json(job.record_file(shard), record | {"keys": keys, "labels": labels, "skipped": skipped})
+    record |= {"keys": keys, "labels": labels, "skipped": skipped, "errors": errors}
+    write_json(job.record_file(shard), record)
 
 
-def encode_views(job: Job, encoder: FrozenEncoder, images: Tensor) -> list[Tensor]:
-    """Latents of each view, [B, C, H, W] in the cache's dtype. images: uint8 [B, 3, S, S]."""
-    views = [images] if len(job.layout.views) == 1 else [images, images.flip(3)]
-    bf16 = job.recipe.precision == "bf16"
-    with torch.autocast(images.device.type, torch.bfloat16, enabled=bf16):
-        return [encoder(view.float() / 255).to(TORCH_DTYPES[job.layout.dtype]) for view in views]
+def add_sums(sums: LatentSums, errors: list[float], stored: list[Tensor], encoded: list[Tensor]) -> None:
+    """Take in a batch sample by sample, all views of one before the next: what readers get, and how far it is off."""
+    for sample in zip(*stored, strict=True):
+        sums.add(torch.stack(sample))
+    if stored[0] is not encoded[0]:  # int8
+        for given, wanted in zip(stored, encoded, strict=True):
+            difference = (given.float() - wanted).double().square().flatten(1).sum(1)
+            errors[0] += sum(difference.tolist())
+            errors[1] += sum(wanted.double().square().flatten(1).sum(1).tolist())
 
 
 def check_finite(views: list[Tensor], items: list[ImageItem]) -> None:
@@ -224,42 +192,6 @@ def check_finite(views: list[Tensor], items: list[ImageItem]) -> None:
         if bad:
             names = ", ".join(items[row].name for row in bad)
             raise NonFiniteError(f"the encoder gives NaN or infinity for {names}; try --precision fp32 or --dtype fp32")
-
-
-def decode_batch(job: Job, indices: np.ndarray) -> tuple[np.ndarray, Tensor, list[dict[str, str]]]:
-    """Pixels uint8 [B, 3, S, S] of the images that can be read, and what was wrong with the others."""
-
-    def decode(index: int) -> np.ndarray | dict[str, str]:
-        item = job.source.items[index]
-        try:
-            return center_crop(decode_rgb(item.read(), item.name), job.recipe.image_size)
-        except InputError as error:
-            return {"source": item.name, "reason": str(error).removeprefix(f"{item.name}: ")}
-
-    decoded = pooled(decode, indices.tolist(), decode_threads())
-    bad = [entry for entry in decoded if isinstance(entry, dict)]
-    if bad and job.recipe.on_bad_image == "fail":
-        raise bad_images(job, bad, decode)
-    good = [entry for entry in decoded if isinstance(entry, np.ndarray)]
-    pixels = np.stack(good) if good else np.empty((0, job.recipe.image_size, job.recipe.image_size, 3), np.uint8)
-    return indices, torch.from_numpy(pixels).permute(0, 3, 1, 2), bad
-
-
-def bad_images(job: Job, bad: list[dict[str, str]], decode: Any) -> InputError:
-    """The error that lists every unreadable image found within a minute."""
-    found = {entry["source"]: entry["reason"] for entry in bad}
-    until, checked = time.monotonic() + CHECK_SECONDS, 0
-    for index in range(len(job.source.items)):
-        if time.monotonic() > until:
-            break
-        entry, checked = decode(index), checked + 1
-        if isinstance(entry, dict):
-            found[entry["source"]] = entry["reason"]
-    lines = "".join(f"\n  {name}: {reason}" for name, reason in sorted(found.items()))
-    looked = f"{checked} of {len(job.source.items)} looked at"
-    return InputError(
-        f"{job.source.path}: {len(found)} unreadable images ({looked}); mend them, or --on-bad-image skip{lines}"
-    )
 
 
 def tie_together(job: Job) -> Manifest:
@@ -319,6 +251,7 @@ def manifest_of(job: Job, records: list[dict[str, Any]]) -> Manifest:
         "classes": job.source.classes,
         "samples": sum(record["samples"] for record in records),
         "samples_per_shard": recipe.samples_per_shard,
+        "batch_size": recipe.batch_size,
         "seed": recipe.seed,
         "source_sha256": job.source.fingerprint(),
         "shards": shards,
@@ -327,8 +260,15 @@ def manifest_of(job: Job, records: list[dict[str, Any]]) -> Manifest:
         "skipped": sorted(
             (entry for record in records for entry in record["skipped"]), key=lambda entry: entry["source"]
         ),
+        "quantisation_error": quantisation_error(records) if job.layout.quantised else None,
     }
     return Manifest.model_validate(tuples(fields))
+
+
+def quantisation_error(records: list[dict[str, Any]]) -> float:
+    """Root of the stored latents' squared error over the encoded ones' squares, all shards."""
+    wrong, square = (sum(record["errors"][part] for record in records) for part in (0, 1))
+    return math.sqrt(wrong / square) if square else 0.0
 
 
 def check_repaired(job: Job, manifest: Manifest, made: list[int]) -> None:
@@ -343,11 +283,3 @@ def check_repaired(job: Job, manifest: Manifest, made: list[int]) -> None:
             f"{job.output}: {', '.join(changed)} made anew differ from what the manifest tells (another machine, "
             "torch or batch size?); delete the folder and encode again"
         )
-
-
-def remove_records(job: Job) -> None:
-    """Take away what only an unfinished cache needs."""
-    (job.output / PLAN).unlink(missing_ok=True)
-    for shard in range(job.shards):
-        job.record_file(shard).unlink(missing_ok=True)
-        job.sums_file(shard).unlink(missing_ok=True)

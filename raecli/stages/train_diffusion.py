@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from raecli.data.feed import ahead
+from raecli.data.feed import LatentFeed, Samples, ahead
 from raecli.data.order import normals, stream_slice, uniforms
 from raecli.errors import InputError, NonFiniteError
 from raecli.flow.path import flow_loss, noisy_latents
@@ -93,12 +93,15 @@ def train(
     stop, statistics = StopRequest(ranks), cache.statistics.to(ranks.device)
     save_every = duration_in_steps(recipe.save_every, len(cache), recipe.batch_size)
     generation = prepare_generation(recipe.evaluation, recipe, cache, ranks) if recipe.evaluation else None
+    feed = LatentFeed(
+        cache, lambda step: samples_of(cache, step, recipe, ranks), recipe.batch_size // ranks.world, ranks.device
+    )
     flops = training_flops(recipe)
     with Meter(
         recipe, ranks, first_step=state.step, total_steps=total, samples=len(cache), training_flops=flops
     ) as meter:
         evaluate_if_due(state, generation, total, recipe, meter)  # a run that was stopped before it could
-        batches = ahead(lambda step: make_batch(cache, step, recipe, ranks), range(state.step, total))
+        batches = ahead(lambda step: make_batch(feed, step, recipe, ranks), range(state.step, total))
         for batch in meter.timed(batches):
             rate = rate_at(state.step, total, len(cache), recipe)
             set_learning_rate(state.optimizer, rate)
@@ -156,7 +159,7 @@ def training_flops(recipe: TrainDiffusionRecipe) -> float:
 def open_verified(recipe: TrainDiffusionRecipe, ranks: Ranks) -> LatentCache:
     """The cache, its shards' digests checked: each rank takes its share. Larger caches: each shard at its first use."""
     ranks.main_first(lambda: check_cache(recipe.cache))  # what is wrong with it is told once
-    cache = open_cache(recipe.cache)
+    cache = open_cache(recipe.cache, recipe.remote_cache_gb)
     numbers = range(ranks.rank, len(cache.manifest.shards), ranks.world)
     small = sum(shard.bytes for shard in cache.manifest.shards) <= VERIFY_BYTES
     cache.verify_at_first_use = not small
@@ -209,15 +212,28 @@ def compile_blocks(model: nn.Module) -> None:
         block.compile()
 
 
-def make_batch(cache: LatentCache, step: int, recipe: TrainDiffusionRecipe, ranks: Ranks) -> Batch:
-    """This rank's slice of positions [step B, (step + 1) B), and all that is drawn for them but the noise."""
+def positions_of(step: int, recipe: TrainDiffusionRecipe, ranks: Ranks) -> range:
+    """This rank's share of positions [step B, (step + 1) B) in the stream of samples."""
     share = recipe.batch_size // ranks.world
     first = step * recipe.batch_size + ranks.rank * share
-    positions = range(first, first + share)
-    indices = stream_slice(recipe.seed, len(cache), first, share)
+    return range(first, first + share)
+
+
+def samples_of(cache: LatentCache, step: int, recipe: TrainDiffusionRecipe, ranks: Ranks) -> Samples:
+    """The samples that lie there, and which of them are mirrored."""
+    positions = positions_of(step, recipe, ranks)
+    block = recipe.shuffle_block if recipe.shuffle == "block" else None
+    indices = stream_slice(recipe.seed, len(cache), positions.start, len(positions), block)
     flips = None
     if recipe.horizontal_flip and cache.has_flips:
         flips = (uniforms(recipe.seed, "flip", positions) < 0.5).tolist()
+    return indices, flips
+
+
+def make_batch(feed: LatentFeed, step: int, recipe: TrainDiffusionRecipe, ranks: Ranks) -> Batch:
+    """This rank's share of a step, and all that is drawn for it but the noise."""
+    positions, cache = positions_of(step, recipe, ranks), feed.cache
+    indices, latents = feed.batch(step)
     null_label = recipe.model.num_classes or 0  # without classes it is the only label
     dropped = uniforms(recipe.seed, "label", positions) < (recipe.label_dropout if null_label else 1.0)
     labels = cache.labels[torch.from_numpy(indices)].masked_fill(dropped, null_label)
@@ -230,9 +246,6 @@ def make_batch(cache: LatentCache, step: int, recipe: TrainDiffusionRecipe, rank
         maximum=flow.time_max,
         time_shift=flow.time_shift,
     ).float()
-    latents = cache.latents(indices.tolist(), flips)
-    if ranks.device.type == "cuda":
-        latents = latents.pin_memory()
     return Batch(positions, [cache.keys[index] for index in indices], latents, labels, t)
 
 

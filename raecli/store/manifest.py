@@ -9,6 +9,7 @@ from pydantic import ValidationError
 from raecli.errors import InputError
 from raecli.recipe.blocks import Dtype, EncoderSpec, Precision
 from raecli.recipe.spec import Count, Spec
+from raecli.store.remote import local_folder
 
 MANIFEST = "manifest.json"
 PREPROCESS: Literal["adm-center-crop"] = (
@@ -47,17 +48,19 @@ class Manifest(Spec):
     classes: tuple[str, ...]  # names by label; empty: the images have no classes
     samples: int
     samples_per_shard: Count
+    batch_size: Count | None = None  # of the encoder's forwards, on which a latent's last bits depend; None: not told
     seed: int
     source_sha256: str  # of the list of image names and sizes
     shards: tuple[ShardRecord, ...]
     index_sha256: str
     statistics_sha256: str
     skipped: tuple[SkippedImage, ...] = ()
+    quantisation_error: float | None = None  # of int8: sqrt(sum (stored - encoded)^2 / sum encoded^2), all latents
 
 
 def read_manifest(cache: str | Path) -> Manifest:
-    """The manifest of a cache folder. Raises InputError if there is none, or it is not one."""
-    folder = Path(cache)
+    """The manifest of a cache, in a folder or at a URL. Raises InputError if there is none, or it is not one."""
+    folder = local_folder(cache)
     path = folder / MANIFEST
     if not folder.is_dir():
         raise InputError(f"{folder}: no such folder; make the cache with rae encode-cache --encoder E IMAGES {folder}")

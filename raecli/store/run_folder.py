@@ -27,6 +27,7 @@ OPERATIONAL = {
     "compile",
     "parallel",
     "checkpoint_activations",
+    "remote_cache_gb",
     "output",
 }
 METRICS = "metrics.jsonl"

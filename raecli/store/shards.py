@@ -1,6 +1,8 @@
 """Latent shards: ordinary ustar files whose samples all take the same room, so that sample i lies at a known offset."""
 
+import functools
 import io
+import os
 import tarfile
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,12 +12,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-TORCH_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+TORCH_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "int8": torch.int8}
 NUMPY_DTYPES = {
     "fp16": "<f2",
     "fp32": "<f4",
+    "int8": "|i1",
 }  # numpy has no bf16: such members are raw, the manifest tells shape and dtype
+READ_DTYPES = TORCH_DTYPES | {"int8": torch.bfloat16}  # what a reader gets: int8 comes multiplied by its scales
 BLOCK = 512
+CHECKSUM = slice(148, 156)  # of a header: six octal digits, NUL, blank
+WRITE_PIECES = 1024  # buffers that one writev takes: Linux's IOV_MAX
 
 
 def padded(size: int) -> int:
@@ -23,23 +29,36 @@ def padded(size: int) -> int:
     return -(-size // BLOCK) * BLOCK
 
 
+def npy_header(descr: str, shape: tuple[int, ...]) -> bytes:
+    """What stands before an array's numbers in an .npy file."""
+    buffer = io.BytesIO()
+    np.lib.format.write_array_header_1_0(buffer, {"descr": descr, "fortran_order": False, "shape": shape})
+    return buffer.getvalue()
+
+
 @dataclass(frozen=True)
 class ShardLayout:
-    """Where things lie in a shard. A sample is one member a view, then `KEY.cls` with its label in digits."""
+    """Where things lie in a shard. A sample is, for each view, a member with its numbers (and with int8 a second one
+    with a scale a channel), then `KEY.cls` with its label in digits."""
 
     latent_shape: tuple[int, int, int]  # C, H, W
-    dtype: str  # bf16, fp16, fp32
+    dtype: str  # bf16, fp16, fp32, int8
     views: tuple[str, ...]  # "latent", or "latent" and "flip"
 
-    @property
+    @functools.cached_property
     def prefix(self) -> bytes:
         """What stands before a latent's numbers inside its member: .npy's header, or nothing for bf16."""
-        if self.dtype == "bf16":
-            return b""
-        header = {"descr": NUMPY_DTYPES[self.dtype], "fortran_order": False, "shape": self.latent_shape}
-        buffer = io.BytesIO()
-        np.lib.format.write_array_header_1_0(buffer, header)
-        return buffer.getvalue()
+        return b"" if self.dtype == "bf16" else npy_header(NUMPY_DTYPES[self.dtype], self.latent_shape)
+
+    @functools.cached_property
+    def scale_prefix(self) -> bytes:
+        """The .npy header of a sample's scales, float32 [C, 1, 1]."""
+        return npy_header("<f4", (self.latent_shape[0], 1, 1))
+
+    @property
+    def quantised(self) -> bool:
+        """Whether numbers are int8 beside their scales."""
+        return self.dtype == "int8"
 
     @property
     def latent_bytes(self) -> int:
@@ -48,9 +67,19 @@ class ShardLayout:
         return count * TORCH_DTYPES[self.dtype].itemsize
 
     @property
-    def member_bytes(self) -> int:
-        """Room of one view: header, prefix, numbers, padding."""
+    def numbers_bytes(self) -> int:
+        """Room of a view's numbers: header, prefix, numbers, padding."""
         return BLOCK + padded(len(self.prefix) + self.latent_bytes)
+
+    @property
+    def scale_bytes(self) -> int:
+        """Room of a view's scales, 0 without."""
+        return BLOCK + padded(len(self.scale_prefix) + 4 * self.latent_shape[0]) if self.quantised else 0
+
+    @property
+    def member_bytes(self) -> int:
+        """Room of one view."""
+        return self.numbers_bytes + self.scale_bytes
 
     @property
     def sample_bytes(self) -> int:
@@ -65,34 +94,123 @@ class ShardLayout:
         """Where the numbers of a sample's view begin, in bytes from the shard's start."""
         return sample * self.sample_bytes + view * self.member_bytes + BLOCK + len(self.prefix)
 
+    def scale_offset(self, sample: int, view: int) -> int:
+        """Where its scales begin."""
+        return self.latent_offset(sample, view) - len(self.prefix) + self.numbers_bytes + len(self.scale_prefix)
+
     def extension(self, view: str) -> str:
         """The member's ending, as webdataset shows it: latent.bf16, latent.npy, flip.npy."""
         return f"{view}.{'bf16' if self.dtype == 'bf16' else 'npy'}"
 
+    def names(self, key: str) -> list[str]:
+        """The names of a sample's members, in their order."""
+        views = [[self.extension(view), *([f"{view}_scale.npy"] * self.quantised)] for view in self.views]
+        return [f"{key}.{ending}" for endings in views for ending in endings] + [f"{key}.cls"]
 
-def member(name: str, data: bytes) -> bytes:
-    """One member of a tar: header, data, padding. The same bytes for the same input: no clock, no user."""
-    header = tarfile.TarInfo(name)
-    header.size = len(data)
-    return header.tobuf(tarfile.USTAR_FORMAT) + data + bytes(padded(len(data)) - len(data))
+    def sizes(self, label: int) -> list[int]:
+        """The sizes of a sample's members, in their order."""
+        view = [len(self.prefix) + self.latent_bytes]
+        view += [len(self.scale_prefix) + 4 * self.latent_shape[0]] * self.quantised
+        return view * len(self.views) + [len(str(label))]
+
+    def strided(self, data: Tensor, samples: int) -> tuple[list[Tensor], list[Tensor]]:
+        """A shard's bytes as tensors on them, one a view: numbers [samples, C*H*W]; with int8 scales [samples, C]."""
+
+        def tensor(dtype: torch.dtype, offset: int, count: int) -> Tensor:
+            size = dtype.itemsize
+            return data.view(dtype).as_strided((samples, count), (self.sample_bytes // size, 1), offset // size)
+
+        dtype, views = TORCH_DTYPES[self.dtype], range(len(self.views))
+        count = self.latent_bytes // dtype.itemsize
+        numbers = [tensor(dtype, self.latent_offset(0, view), count) for view in views]
+        if not self.quantised:
+            return numbers, []
+        return numbers, [tensor(torch.float32, self.scale_offset(0, view), self.latent_shape[0]) for view in views]
+
+
+@functools.lru_cache(maxsize=64)
+def header_of_nobody(size: int) -> tuple[bytes, int]:
+    """A ustar header without a name, and the sum of its bytes with a blank checksum. No clock, no user in it."""
+    header = tarfile.TarInfo("")
+    header.size = size
+    data = header.tobuf(tarfile.USTAR_FORMAT)
+    return data, sum(data) - sum(data[CHECKSUM]) + 8 * ord(" ")
+
+
+def header_of(name: str, size: int) -> bytes:
+    """The header of a member: tarfile's, its name and checksum patched into one that was made once a size."""
+    template, total = header_of_nobody(size)
+    text = name.encode("ascii")
+    if len(text) > 100:
+        raise ValueError(f"{name}: a tar's name has room for 100 characters")
+    return b"".join(
+        (text, template[len(text) : CHECKSUM.start], b"%06o\0 " % (total + sum(text)), template[CHECKSUM.stop :])
+    )
+
+
+def quantise(latents: Tensor) -> tuple[Tensor, Tensor]:
+    """int8 [B, C, H, W] and float32 scales [B, C, 1, 1] of latents: each channel of each sample by its largest value.
+
+    A channel of zeros has scale 0. scale * int8 differs from the latent by half a scale at most.
+    """
+    latents = latents.float()
+    scales = latents.abs().amax(dim=(2, 3), keepdim=True) / 127
+    return (latents / scales.clamp_min(torch.finfo(torch.float32).tiny)).round().clamp(-127, 127).to(torch.int8), scales
+
+
+def dequantise(numbers: Tensor, scales: Tensor) -> Tensor:
+    """What a reader gets of int8 latents, bf16: numbers * scales."""
+    return (numbers.float() * scales).to(READ_DTYPES["int8"])
 
 
 class ShardWriter:
-    """Appends samples to a new shard file."""
+    """Appends batches of samples to a new shard file, with few system calls and no copy of the numbers."""
 
     def __init__(self, path: Path, layout: ShardLayout) -> None:
         self.layout, self.samples = layout, 0
-        self.file = path.open("wb")
+        self.file = path.open("wb", buffering=0)
 
-    def add(self, key: str, label: int, latents: Sequence[Tensor]) -> None:
-        """Append a sample. latents: one [C, H, W] a view, of the layout's dtype, on the CPU."""
-        for view, latent in zip(self.layout.views, latents, strict=True):
-            numbers = latent.contiguous().view(torch.uint8).numpy().tobytes()
-            self.file.write(member(f"{key}.{self.layout.extension(view)}", self.layout.prefix + numbers))
-        self.file.write(member(f"{key}.cls", str(label).encode()))
-        self.samples += 1
+    def add(self, keys: Sequence[str], labels: Sequence[int], views: Sequence[Tensor]) -> list[Tensor]:
+        """Append samples; returns each view as its readers will get it, [B, C, H, W].
+
+        views: [B, C, H, W] a view, on any device, finite; of the layout's dtype, or of any float type for int8.
+        """
+        parts: list[list[Tensor]] = []  # one list of arrays a view: numbers, scales
+        for latents in views:
+            parts.append(list(quantise(latents)) if self.layout.quantised else [latents])
+        rows = [array.contiguous().flatten(1).view(torch.uint8).cpu().numpy() for view in parts for array in view]
+        prefixes = [self.layout.prefix, *([self.layout.scale_prefix] * self.layout.quantised)] * len(views)
+        pieces: list[bytes | np.ndarray] = []
+        for row, (key, label) in enumerate(zip(keys, labels, strict=True)):
+            pieces += self.pieces_of(key, label, [array[row] for array in rows], prefixes)
+        self.write(pieces)
+        self.samples += len(keys)
+        return [dequantise(*view) for view in parts] if self.layout.quantised else list(views)
+
+    def pieces_of(
+        self, key: str, label: int, arrays: list[np.ndarray], prefixes: list[bytes]
+    ) -> list[bytes | np.ndarray]:
+        """One sample's bytes: what stands between two runs of numbers is one piece, the numbers are not copied."""
+        names, sizes = self.layout.names(key), self.layout.sizes(label)
+        pieces: list[bytes | np.ndarray] = []
+        padding = b""
+        for name, size, array, prefix in zip(names, sizes, arrays, prefixes, strict=False):
+            pieces += [padding + header_of(name, size) + prefix, array]
+            padding = bytes(padded(size) - size)
+        pieces.append(padding + header_of(names[-1], sizes[-1]) + str(label).encode().ljust(BLOCK, b"\0"))
+        return pieces
+
+    def write(self, pieces: list[bytes | np.ndarray]) -> None:
+        """All pieces, in order."""
+        for start in range(0, len(pieces), WRITE_PIECES):
+            some = pieces[start : start + WRITE_PIECES]
+            written = os.writev(self.file.fileno(), some)
+            if written != sum(memoryview(piece).nbytes for piece in some):  # a signal or 2 GiB: the rest in one run
+                rest = memoryview(b"".join(some))[written:]
+                while rest:
+                    rest = rest[self.file.write(rest) :]
 
     def close(self) -> None:
         """End the tar."""
-        self.file.write(bytes(2 * BLOCK))
+        self.write([bytes(2 * BLOCK)])
         self.file.close()

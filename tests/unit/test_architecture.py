@@ -88,6 +88,7 @@ def test_no_file_outgrows_a_reader():
 VERBS = [
     "",
     "encode-cache",
+    "verify",
     "train-decoder",
     "train-diffusion",
     "sample",

@@ -8,11 +8,21 @@ import pytest
 import torch
 from PIL import Image
 
-from raecli.data.feed import ahead, pooled
+from raecli.data.feed import Abandoned, LatentFeed, ahead, behind, pooled
 from raecli.data.images import open_images, unique_keys
-from raecli.data.order import key_of, normals, permutation, stream_slice, uniforms
-from raecli.data.preprocess import center_crop, decode_rgb, random_crop
+from raecli.data.order import (
+    WINDOW_BLOCKS,
+    block_permutation,
+    key_of,
+    normals,
+    permutation,
+    stream_slice,
+    uniforms,
+)
+from raecli.data.preprocess import center_crop, decode_pixels, decode_rgb, random_crop
+from raecli.data.resample import by_pillow, compiled_resample, resized_window
 from raecli.errors import InputError
+from raecli.store.latent_cache import open_cache
 
 
 def encoded(image: Image.Image, kind: str = "PNG") -> bytes:
@@ -256,3 +266,121 @@ def test_a_reader_that_leaves_early_stops_the_thread():
     feed.close()  # would hang if the thread did not notice
     with pytest.raises(StopIteration):
         next(feed)
+
+
+def test_windows_of_a_resized_image_are_pillows_to_the_bit():
+    assert compiled_resample() is not None  # this machine has a compiler: else only Pillow would be tested
+    generator = np.random.default_rng(0)
+    for _ in range(150):
+        wide, high = (int(side) for side in generator.integers(3, 260, 2))
+        size = tuple(int(side) for side in generator.integers(3, 160, 2))
+        left, top = int(generator.integers(size[0])), int(generator.integers(size[1]))
+        window = (
+            left,
+            top,
+            int(generator.integers(1, size[0] - left + 1)),
+            int(generator.integers(1, size[1] - top + 1)),
+        )
+        pixels = generator.integers(0, 256, (high, wide, 3), dtype=np.uint8)
+        for kind in ("box", "bicubic"):
+            found = resized_window(pixels, size, window, kind)
+            np.testing.assert_array_equal(found, by_pillow(pixels, size, window, kind), err_msg=f"{wide} {high} {size}")
+
+
+def test_crops_of_any_shape_are_guided_diffusions_to_the_bit():
+    generator = np.random.default_rng(1)
+    for _ in range(60):
+        wide, high = (int(side) for side in generator.integers(20, 400, 2))
+        image = Image.fromarray(generator.integers(0, 256, (high, wide, 3), dtype=np.uint8))
+        size = int(generator.integers(8, 100))
+        np.testing.assert_array_equal(
+            center_crop(image, size), guided_diffusion_crop(image, size), err_msg=f"{image} {size}"
+        )
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"subsampling": 0},
+        {"subsampling": 1},
+        {"progressive": True},
+        {"quality": 30},
+        {"mode": "L"},
+        {"mode": "CMYK"},
+        {"orientation": 6},
+        {"restart_marker_blocks": 3},
+    ],
+)
+def test_jpegs_of_all_kinds_decode_as_pillow_decodes_them(options):
+    options = dict(options)
+    generator, exif = np.random.default_rng(2), Image.Exif()
+    mode = options.pop("mode", "RGB")
+    exif[0x0112] = options.pop("orientation", 1)
+    for wide, high in ((64, 48), (63, 41), (1, 1), (17, 90)):
+        noise = Image.fromarray(generator.integers(0, 256, (high // 4 + 1, wide // 4 + 1, 3), dtype=np.uint8))
+        buffer = io.BytesIO()
+        noise.resize((wide, high)).convert(mode).save(buffer, "JPEG", exif=exif, **options)
+        data = buffer.getvalue()
+        np.testing.assert_array_equal(decode_pixels(data, "x"), np.asarray(decode_rgb(data, "x")))
+    with pytest.raises(InputError, match="not a readable image"):
+        decode_pixels(data[: len(data) // 2], "x")
+
+
+def test_blocks_are_exact_permutations_that_stay_near_one_another():
+    for size, block in ((1000, 7), (1000, 64), (10, 64), (257, 1)):
+        orders = [block_permutation(3, epoch, size, block) for epoch in range(2)]
+        assert (np.sort(orders, axis=1) == np.arange(size)).all()
+        assert size < 20 or (orders[0] != orders[1]).any()
+        for start in range(0, size, block * WINDOW_BLOCKS):  # a window of the order reads no more runs than it may
+            window = orders[0][start : start + block * WINDOW_BLOCKS]
+            assert len(set(window // block)) <= WINDOW_BLOCKS + 1
+    whole = stream_slice(0, 100, 0, 250, 8)
+    parts = [stream_slice(0, 100, first, 25, 8) for first in range(0, 250, 25)]
+    np.testing.assert_array_equal(np.concatenate(parts), whole)
+
+
+def test_work_behind_gets_all_items_and_failures_go_both_ways():
+    got = []
+    with behind(got.extend) as put:
+        for item in range(10):
+            put(item)
+    assert got == list(range(10))
+
+    def fail(items):
+        next(items)
+        raise InputError("disk")
+
+    with pytest.raises(InputError, match="disk"), behind(fail) as put:
+        for item in range(10):
+            put(item)
+    cleaned = []
+
+    def tidy(items):
+        try:
+            list(items)
+        except Abandoned:
+            cleaned.append(True)
+            raise
+
+    with pytest.raises(KeyError), behind(tidy) as put:
+        put(1)
+        raise KeyError
+    assert cleaned == [True]
+
+
+def test_the_feed_gives_each_step_its_samples_while_a_batch_is_in_use(cache):
+    opened = open_cache(cache)
+
+    def samples_of(step: int) -> tuple[np.ndarray, list[bool]]:
+        return stream_slice(0, len(opened), step * 5, 5), [step % 2 == 0] * 5
+
+    feed = LatentFeed(opened, samples_of, 5, torch.device("cpu"))
+    before = None
+    for step, (indices, latents) in enumerate(ahead(feed.batch, range(40))):
+        np.testing.assert_array_equal(indices, samples_of(step)[0])
+        assert torch.equal(latents, opened.latents(indices, samples_of(step)[1]))
+        if before is not None:  # its copy to a GPU may still be under way
+            assert torch.equal(before[0], before[1])
+        before = (latents, latents.clone())
+    assert len({buffer.data_ptr() for buffer in feed.buffers}) == len(feed.buffers) == 5

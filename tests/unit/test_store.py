@@ -24,11 +24,11 @@ from raecli.store.checkpoint import (
     save_checkpoint,
     save_final,
 )
-from raecli.store.latent_cache import read_index, write_index
-from raecli.store.lock import hold_folder
+from raecli.store.latent_cache import Mapped, read_index, write_index
+from raecli.store.lock import Claims, hold_folder, share_folder
 from raecli.store.run_folder import MetricsLog
 from raecli.store.samples import begin_samples, by_label, finish_samples, image_file, is_whole_png, write_npz, write_png
-from raecli.store.shards import TORCH_DTYPES, ShardLayout, ShardWriter
+from raecli.store.shards import TORCH_DTYPES, ShardLayout, ShardWriter, header_of, quantise
 from raecli.store.statistics import LatentStatistics, LatentSums
 from raecli.training.optimizer import make_optimizer
 from tests.conftest import environment
@@ -91,14 +91,28 @@ def test_a_folder_has_one_writer(tmp_path):
     assert not (tmp_path / ".lock").exists()
 
 
+def test_a_shared_folder_keeps_out_who_does_not_share_and_each_piece_has_one_owner(tmp_path):
+    alone = []
+    with share_folder(tmp_path, alone.append), share_folder(tmp_path, alone.append):
+        assert alone == [True, False]
+        with pytest.raises(UsageError, match="another rae"), hold_folder(tmp_path):
+            pass
+        one, other = Claims(tmp_path), Claims(tmp_path)
+        assert one.take("shard-000000") and not other.take("shard-000000") and other.take("shard-000001")
+        one.release("shard-000000")
+        assert other.take("shard-000000")
+    with hold_folder(tmp_path):  # the last one let go
+        pass
+
+
 @pytest.mark.parametrize("dtype", ["bf16", "fp16", "fp32"])
 @pytest.mark.parametrize("views", [("latent",), ("latent", "flip")])
 def test_shards_are_plain_tars_with_samples_at_known_offsets(tmp_path, dtype, views):
     layout = ShardLayout((3, 5, 5), dtype, views)
     samples = torch.randn(4, len(views), 3, 5, 5).to(TORCH_DTYPES[dtype])
     writer = ShardWriter(tmp_path / "s.tar", layout)
-    for index, latents in enumerate(samples):
-        writer.add(f"class/{index}", index * 7, list(latents))
+    writer.add(["class/0"], [0], list(samples[:1].unbind(1)))
+    writer.add([f"class/{index}" for index in (1, 2, 3)], [7, 14, 21], list(samples[1:].unbind(1)))
     writer.close()
     data = (tmp_path / "s.tar").read_bytes()
     assert len(data) == layout.shard_bytes(4)
@@ -115,8 +129,7 @@ def test_the_webdataset_library_reads_our_shards(tmp_path):
     layout = ShardLayout((3, 5, 5), "fp32", ("latent", "flip"))
     samples = torch.randn(3, 2, 3, 5, 5)
     writer = ShardWriter(tmp_path / "s.tar", layout)
-    for index, latents in enumerate(samples):
-        writer.add(f"a/{index}", index, list(latents))
+    writer.add([f"a/{index}" for index in range(3)], [0, 1, 2], list(samples.unbind(1)))
     writer.close()
     read = list(webdataset.WebDataset(str(tmp_path / "s.tar"), shardshuffle=False).decode())
     assert [sample["cls"] for sample in read] == [0, 1, 2]
@@ -304,3 +317,32 @@ def test_npy_members_are_real_npy_files():
     numbers = np.arange(18, dtype=np.float16).reshape(2, 3, 3)
     read = np.load(io.BytesIO(layout.prefix + numbers.tobytes()), allow_pickle=False)
     np.testing.assert_array_equal(read, numbers)
+
+
+def test_int8_is_within_half_a_step_and_its_reader_gets_what_the_writer_said(tmp_path):
+    layout = ShardLayout((3, 4, 4), "int8", ("latent", "flip"))
+    views = [torch.randn(5, 3, 4, 4) * torch.tensor([1.0, 100.0, 0.0])[:, None, None] for _ in range(2)]
+    writer = ShardWriter(tmp_path / "s.tar", layout)
+    stored = writer.add([f"a/{index}" for index in range(5)], list(range(5)), views)
+    writer.close()
+    assert (tmp_path / "s.tar").stat().st_size == layout.shard_bytes(5)
+    shard, row = Mapped(tmp_path / "s.tar", layout, 5), torch.empty(48, dtype=torch.bfloat16)
+    for view in range(2):
+        numbers, scales = quantise(views[view])
+        assert ((numbers.float() * scales - views[view]).abs() <= scales * (0.5 + 1e-5)).all()
+        for sample in range(5):
+            shard.read(sample, view, row)
+            assert torch.equal(row.view(3, 4, 4), stored[view][sample])
+    read = list(webdataset.WebDataset(str(tmp_path / "s.tar"), shardshuffle=False).decode())
+    assert [sample["cls"] for sample in read] == list(range(5))
+    theirs = read[3]["flip.npy"] * read[3]["flip_scale.npy"]
+    np.testing.assert_allclose(theirs, stored[1][3].float().numpy(), rtol=2**-8)
+
+
+def test_headers_are_tarfiles_own():
+    for name, size in (("a.cls", 1), ("n01440764/n01440764_00001.latent.npy", 393344), ("x" * 100, 8**11 - 1)):
+        expected = tarfile.TarInfo(name)
+        expected.size = size
+        assert header_of(name, size) == expected.tobuf(tarfile.USTAR_FORMAT)
+    with pytest.raises(ValueError, match="room for 100"):
+        header_of("x" * 101, 1)
