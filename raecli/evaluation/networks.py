@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from raecli.errors import CheckpointError, InputError
+from raecli.evaluation.dinov2 import find_dinov2, load_dinov2
 from raecli.metrics.inception import LAYER_WIDTHS, full_float32, load_inception
 from raecli.metrics.inception_file import find_inception
 from raecli.metrics.reference import ImageSet
@@ -18,7 +19,13 @@ from raecli.store.atomic import sha256_of
 from raecli.store.encoders import resolve_encoder
 
 INCEPTION = "inception-v3-compat"  # torch-fidelity's name of it
-POOL = "pool"  # the layer whose features FID compares: one vector an image
+DINOV2_NAME = "dinov2 without registers, class token"
+POOL, SPATIAL, LOGITS, DINOV2 = (
+    "pool",
+    "spatial",
+    "logits",
+    "dinov2",
+)  # layers; POOL is the one whose features FID compares: one vector an image
 
 
 @dataclass(frozen=True)
@@ -28,10 +35,11 @@ class FeatureNetwork:
     extract: Callable[[Tensor], dict[str, Tensor]]
     width: int  # D of the pooled layer
     description: dict[str, Any]  # plain JSON values; name and sha256 say whether two sets of statistics may be compared
+    layers: tuple[str, ...] = (POOL,)  # what `extract` gives
 
 
-def inception_network(path: str | None, device: torch.device) -> FeatureNetwork:
-    """Inception's pool_3, as ADM's evaluator has it."""
+def inception_network(path: str | None, device: torch.device, layers: tuple[str, ...] = (POOL,)) -> FeatureNetwork:
+    """Inception's layers, as ADM's evaluator has them: among pool, spatial and logits."""
     found = find_inception(path)
     description = {
         "name": INCEPTION,
@@ -42,7 +50,24 @@ def inception_network(path: str | None, device: torch.device) -> FeatureNetwork:
         "resize": "to 299 x 299 as TensorFlow 1: bilinear, corners aligned, no antialias; then (x - 128) / 128",
         "precision": "float32, TF32 and autocast off",
     }
-    return FeatureNetwork(load_inception(found.path, (POOL,)).to(device), LAYER_WIDTHS[POOL], description)
+    network = load_inception(found.path, layers).to(device)
+    return FeatureNetwork(network, LAYER_WIDTHS[POOL], description, layers)
+
+
+def dinov2_network(path: str | None, device: torch.device) -> FeatureNetwork:
+    """DINOv2's class token, as FDD compares it."""
+    found = find_dinov2(path)
+    network = load_dinov2(found).to(device)
+    description = {
+        "name": DINOV2_NAME,
+        "file": str(found),
+        "sha256": sha256_of(found),
+        "width": network.width,
+        "depth": len(network.network.blocks),
+        "resize": "to 224 x 224, bicubic with antialias, float32, not rounded; / 255, ImageNet's mean and deviation",
+        "precision": "float32, TF32 and autocast off",
+    }
+    return FeatureNetwork(lambda images: {DINOV2: network(images)}, network.width, description, (DINOV2,))
 
 
 def classifier_network(path: Path, device: torch.device) -> FeatureNetwork:

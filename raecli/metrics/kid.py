@@ -42,9 +42,7 @@ def kernel_distance(
 def unbiased_mmd(x: Tensor, y: Tensor) -> float:
     """Squared maximum mean discrepancy of x and y, both [m, D]: pairs of a point with itself are left out."""
     count = len(x)
-    within = [
-        (kernel(side, side).sum() - kernel_diagonal(side).sum()) / (count * (count - 1)) for side in (x, y)
-    ]
+    within = [(kernel(side, side).sum() - kernel_diagonal(side).sum()) / (count * (count - 1)) for side in (x, y)]
     return (within[0] + within[1] - 2 * kernel(x, y).mean()).item()
 
 
