@@ -12,7 +12,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from raecli.errors import CheckpointError, UsageError
-from raecli.metrics.inception import full_float32
+from raecli.metrics.full_precision import full_float32
 from raecli.metrics.inception_file import hub_folder
 from raecli.models.encoder_weights import load_exactly, match_keys, read_weights
 from raecli.store.encoder_config import IMAGENET

@@ -7,7 +7,7 @@ from raecli.evaluation.measuring import DigestedImages, Wanted, check_shares, me
 from raecli.evaluation.moments import rank_batches
 from raecli.evaluation.networks import DINOV2, POOL, FeatureNetwork
 from raecli.metrics.feature_file import FeatureWriter
-from raecli.metrics.inception import LAYER_WIDTHS
+from raecli.metrics.inception_file import LAYER_WIDTHS
 from raecli.metrics.reference import ImageSet, rank_slice
 from raecli.metrics.statistics import SUFFIXES, save_statistics
 from raecli.training.distributed import Ranks

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from raecli.errors import InputError
+from raecli.metrics.feature_file import Rows
 from raecli.metrics.frechet import frechet_distance
 from raecli.metrics.inception_score import SPLIT
 from raecli.metrics.kid import SEED, kernel_distance
@@ -45,7 +46,7 @@ def score_figures(scores: tuple[float, ...]) -> dict[str, Any]:
     }
 
 
-def coverage_figures(samples: Tensor, reference: Tensor, choice: PrChoice, ranks: Ranks) -> dict[str, Any]:
+def coverage_figures(samples: Rows, reference: Rows, choice: PrChoice, ranks: Ranks) -> dict[str, Any]:
     """Precision and recall. `precision`, `recall` are the exact ones, unless only ADM's were asked for."""
     if min(len(samples), len(reference)) <= NEIGHBOUR:
         raise InputError(
@@ -64,7 +65,7 @@ def coverage_figures(samples: Tensor, reference: Tensor, choice: PrChoice, ranks
     }
 
 
-def precision_recall(samples: Tensor, reference: Tensor, rule: PrPrecision, ranks: Ranks) -> tuple[float, float]:
+def precision_recall(samples: Rows, reference: Rows, rule: PrPrecision, ranks: Ranks) -> tuple[float, float]:
     """Both figures, the tiles of distances shared by the ranks."""
     share = (ranks.rank, ranks.world)
     own, other = (radii(over_ranks(nearest_distances(side, rule, share), ranks)) for side in (samples, reference))
@@ -81,7 +82,7 @@ def over_ranks(values: Tensor, ranks: Ranks) -> Tensor:
     return ranks.sum(stack)
 
 
-def kernel_figures(samples: Tensor, reference: Tensor) -> dict[str, Any]:
+def kernel_figures(samples: Rows, reference: Rows) -> dict[str, Any]:
     """KID and its deviation over subsets, not multiplied."""
     if min(len(samples), len(reference)) < 2:
         raise InputError("KID needs at least 2 samples on either side")

@@ -14,7 +14,7 @@ from torch import Tensor
 from raecli.errors import InputError
 from raecli.evaluation.moments import rank_batches, states_of_ranks
 from raecli.evaluation.networks import LOGITS, FeatureNetwork
-from raecli.metrics.feature_file import FeatureFile
+from raecli.metrics.feature_file import FeatureFile, Rows
 from raecli.metrics.inception_score import InceptionScore
 from raecli.metrics.reference import ImageSet, rank_slice
 from raecli.metrics.statistics import FeatureStatistics, Moments, check_finite, merge_in_order
@@ -42,7 +42,7 @@ class Measured:
     """What a pass found; the same on every rank. rows: [N, D] float32. sha256: of the pixels, where there were any."""
 
     moments: dict[str, Moments] = field(default_factory=dict)
-    rows: Tensor | None = None
+    rows: Rows | None = None
     scores: tuple[float, ...] = ()
     sha256: str | None = None
 
@@ -105,18 +105,26 @@ def measure(
         if wanted.rows:
             found = features[wanted.rows]
             check_finite(found, names, start)
-            rows = torch.zeros(len(data), found.shape[1], device=ranks.device) if rows is None else rows
-            rows[start : start + len(found)] = found
+            if images is not None:
+                rows = torch.zeros(len(data), found.shape[1], device=ranks.device) if rows is None else rows
+                rows[start : start + len(found)] = found
         if wanted.score:
             score = score or InceptionScore(len(data), features[LOGITS].shape[1], ranks.device)
             score.update(features[LOGITS], start)
     provenance = {"images": str(data.path), **({"features": network.description} if network else {})}
     return Measured(
         {layer: merge_in_order(states_of_ranks(own, ranks)).moments(provenance) for layer, own in statistics.items()},
-        None if rows is None else ranks.sum(rows),
+        data.rows(wanted.rows, ranks.device)
+        if isinstance(data, FeatureFile) and wanted.rows
+        else over_ranks(rows, ranks),
         () if score is None else split_scores(score, ranks),
         None if images is None else images.sha256(ranks),
     )
+
+
+def over_ranks(rows: Tensor | None, ranks: Ranks) -> Tensor | None:
+    """Every rank's rows on all ranks: each has zeros where the others' are, so the sum is exact."""
+    return None if rows is None else ranks.sum(rows)
 
 
 def split_scores(score: InceptionScore, ranks: Ranks) -> tuple[float, ...]:

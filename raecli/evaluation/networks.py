@@ -1,4 +1,8 @@
-"""Frozen networks that images are compared in: Inception, a classifier of the user's, a representation encoder."""
+"""Frozen networks that images are compared in: Inception, DINOv2, a classifier of the user's, an encoder.
+
+torch-fidelity and timm are imported where a network is loaded: figures of features and statistics need neither, and
+the two cost 200 MB and seconds.
+"""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -9,14 +13,11 @@ import torch
 from torch import Tensor
 
 from raecli.errors import CheckpointError, InputError
-from raecli.evaluation.dinov2 import find_dinov2, load_dinov2
-from raecli.metrics.inception import LAYER_WIDTHS, full_float32, load_inception
-from raecli.metrics.inception_file import find_inception
+from raecli.metrics.full_precision import full_float32
+from raecli.metrics.inception_file import LAYER_WIDTHS, find_inception
 from raecli.metrics.reference import ImageSet
-from raecli.models.build import encoder_of
 from raecli.models.classifier import Classifier, load_classifier
 from raecli.store.atomic import sha256_of
-from raecli.store.encoders import resolve_encoder
 
 INCEPTION = "inception-v3-compat"  # torch-fidelity's name of it
 DINOV2_NAME = "dinov2 without registers, class token"
@@ -40,6 +41,8 @@ class FeatureNetwork:
 
 def inception_network(path: str | None, device: torch.device, layers: tuple[str, ...] = (POOL,)) -> FeatureNetwork:
     """Inception's layers, as ADM's evaluator has them: among pool, spatial and logits."""
+    from raecli.metrics.inception import load_inception
+
     found = find_inception(path)
     description = {
         "name": INCEPTION,
@@ -56,6 +59,8 @@ def inception_network(path: str | None, device: torch.device, layers: tuple[str,
 
 def dinov2_network(path: str | None, device: torch.device) -> FeatureNetwork:
     """DINOv2's class token, as FDD compares it."""
+    from raecli.evaluation.dinov2 import find_dinov2, load_dinov2
+
     found = find_dinov2(path)
     network = load_dinov2(found).to(device)
     description = {
@@ -87,6 +92,9 @@ def classifier_network(path: Path, device: torch.device) -> FeatureNetwork:
 
 def encoder_network(name: str, images: ImageSet, device: torch.device) -> FeatureNetwork:
     """A representation encoder's tokens, averaged over the image."""
+    from raecli.models.build import encoder_of
+    from raecli.store.encoders import resolve_encoder
+
     if images.size[0] != images.size[1]:
         raise InputError(
             f"{images.path}: {images.size[1]} x {images.size[0]} pixels; encoder {name} needs square images"

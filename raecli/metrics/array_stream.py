@@ -1,6 +1,8 @@
 """Arrays of .npy files and of .npz members, read by ranges of their first axis: never whole in memory."""
 
+import io
 import math
+import struct
 import zipfile
 from pathlib import Path
 from typing import IO
@@ -8,6 +10,9 @@ from typing import IO
 import numpy as np
 
 from raecli.errors import InputError
+
+LOCAL_HEADER = 30  # bytes of a zip member's own header before its name; the lengths of name and extra at its end
+ENCRYPTED = 1  # bit of a member's flags
 
 
 def members_of(path: Path) -> frozenset[str]:
@@ -25,6 +30,7 @@ class ArrayStream:
         """Reads the header only. member: of an .npz. expected: what the file should have been, for messages."""
         self.path = path
         self.stream = open_array(path, member, expected)
+        self.is_stored = isinstance(self.stream, io.BufferedReader)  # any place is as near as any other
         self.shape, self.dtype = read_header(path, self.stream)
         self.bytes_each = math.prod(self.shape[1:]) * self.dtype.itemsize
         self.offset = self.stream.tell()
@@ -47,11 +53,27 @@ def open_array(path: Path, member: str, expected: str) -> IO[bytes]:
     try:
         if path.suffix == ".npy":
             return path.open("rb")
-        return zipfile.ZipFile(path).open(f"{member}.npy")
+        archive = zipfile.ZipFile(path)
+        entry = archive.getinfo(f"{member}.npy")
+        if entry.compress_type == zipfile.ZIP_STORED and not entry.flag_bits & ENCRYPTED:
+            return at_stored_member(path, entry)
+        return archive.open(entry)
     except KeyError as error:
         raise InputError(f"{path}: no such array in it (key {member} is missing); {expected}") from error
     except (zipfile.BadZipFile, OSError) as error:
         raise InputError(f"{path}: cannot be read ({error}); make or download the file again") from error
+
+
+def at_stored_member(path: Path, entry: zipfile.ZipInfo) -> IO[bytes]:
+    """The file itself, at the first byte of a member that is not compressed: zipfile would seek by reading."""
+    file = path.open("rb")
+    file.seek(entry.header_offset)
+    header = file.read(LOCAL_HEADER)
+    if len(header) != LOCAL_HEADER or header[:4] != b"PK\x03\x04":
+        raise InputError(f"{path}: damaged (no member at byte {entry.header_offset}); make or download the file again")
+    name, extra = struct.unpack("<HH", header[26:30])
+    file.seek(name + extra, 1)
+    return file
 
 
 def read_header(path: Path, stream: IO[bytes]) -> tuple[tuple[int, ...], np.dtype]:

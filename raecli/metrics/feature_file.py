@@ -48,6 +48,12 @@ class FeatureFile:
         """Features of each layer."""
         return {name: stream.shape[1] for name, stream in self.streams.items()}
 
+    def rows(self, layer: str, device: torch.device) -> "Tensor | FileRows":
+        """All rows of a layer, [N, D]: on a device, or, where any place of the file is near, left in it."""
+        if device.type == "cpu" and self.streams[layer].is_stored:
+            return FileRows(self, layer)
+        return self.read(layer, 0, len(self)).to(device)
+
     def names(self, start: int, stop: int) -> list[str]:
         """What to call rows start to stop in a message."""
         return [f"{self.path}, row {index}" for index in range(start, stop)]
@@ -55,6 +61,30 @@ class FeatureFile:
     def read(self, layer: str, start: int, stop: int) -> Tensor:
         """Rows start to stop of a layer: [B, D], float32."""
         return torch.from_numpy(self.streams[layer].read(start, stop).astype(np.float32))
+
+
+class FileRows:
+    """A layer's rows [N, D], float32, left in their file and read where they are asked for: by a slice, or by indices.
+
+    So that 50,000 x 2048 features take no memory. Stands for a tensor on the CPU in `metrics/manifold.py` and `kid.py`.
+    """
+
+    device = torch.device("cpu")
+
+    def __init__(self, file: FeatureFile, layer: str) -> None:
+        self.file, self.layer = file, layer
+        self.shape = torch.Size((len(file), file.widths[layer]))
+
+    def __len__(self) -> int:
+        """Number of rows."""
+        return len(self.file)
+
+    def __getitem__(self, rows: slice | Tensor) -> Tensor:
+        """Rows of a slice of step 1, or at indices [M]."""
+        if isinstance(rows, slice):
+            start, stop, _ = rows.indices(len(self))
+            return self.file.read(self.layer, start, stop)
+        return torch.cat([self.file.read(self.layer, index, index + 1) for index in rows.tolist()])
 
 
 def read_provenance(path: Path) -> dict[str, Any]:
@@ -67,6 +97,9 @@ def read_provenance(path: Path) -> dict[str, Any]:
     if not isinstance(told, dict):
         raise InputError(f"{path}: its provenance is no JSON object; extract it again")
     return told
+
+
+Rows = Tensor | FileRows
 
 
 class FeatureWriter:

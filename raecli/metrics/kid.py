@@ -6,6 +6,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from raecli.metrics.feature_file import Rows
+
 SUBSETS, SUBSET_SIZE, SEED = 100, 1000, 2020  # torch-fidelity's defaults
 
 
@@ -20,7 +22,7 @@ class KernelDistance:
 
 
 def kernel_distance(
-    samples: Tensor, reference: Tensor, *, subsets: int = SUBSETS, size: int = SUBSET_SIZE, seed: int = SEED
+    samples: Rows, reference: Rows, *, subsets: int = SUBSETS, size: int = SUBSET_SIZE, seed: int = SEED
 ) -> KernelDistance:
     """Binkowski et al. (2018), with k(x, y) = (x . y / D + 1)^3; features [N, D] and [M, D], computed in float64.
 

@@ -11,6 +11,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from raecli.metrics.feature_file import Rows
+
 NEIGHBOUR = 3  # the radius of a point's ball: its third neighbour, the point itself not counted
 ADM_BLOCK = 10_000  # rows and columns of ADM's blocks of distances
 TILE = 2500  # rows and columns of ours; no tile crosses a border of ADM's blocks
@@ -27,8 +29,8 @@ class Distances:
     float32 as a whole. An entry near 300 has a half's step of 0.25, so ties appear and `<=` counts them.
     """
 
-    def __init__(self, rows: Tensor, columns: Tensor, precision: PrPrecision) -> None:
-        """rows, columns: float32."""
+    def __init__(self, rows: Rows, columns: Rows, precision: PrPrecision) -> None:
+        """rows, columns: float32; they may stay in a file."""
         self.rows, self.columns, self.precision = rows, columns, precision
         self.norms = (norms(rows, half=False), norms(columns, half=False))
         self.half_norms = (norms(rows, half=True), norms(columns, half=True)) if precision == "adm" else self.norms
@@ -64,11 +66,12 @@ def block_range(block: int, size: int) -> range:
     return range(block * ADM_BLOCK, min((block + 1) * ADM_BLOCK, size), TILE)
 
 
-def norms(features: Tensor, half: bool) -> Tensor:
+def norms(features: Rows, half: bool) -> Tensor:
     """|u|^2 [N] of features [N, D]; where `half`, of float16 features and rounded to float16."""
+    parts = (features[start : start + TILE] for start in range(0, len(features), TILE))
     if not half:
-        return torch.cat([part.square().sum(1) for part in features.split(TILE)])
-    return torch.cat([part.half().square().float().sum(1).half() for part in features.split(TILE)])
+        return torch.cat([part.square().sum(1) for part in parts])
+    return torch.cat([part.half().square().float().sum(1).half() for part in parts])
 
 
 def products(rows: Tensor, columns: Tensor, half: bool) -> Tensor:
@@ -83,7 +86,7 @@ def combined(norms_u: Tensor, product: Tensor, norms_v: Tensor) -> Tensor:
     return (norms_u[:, None] - 2 * product + norms_v).clamp_min_(0).float()
 
 
-def nearest_distances(features: Tensor, precision: PrPrecision, share: Share = (0, 1)) -> Tensor:
+def nearest_distances(features: Rows, precision: PrPrecision, share: Share = (0, 1)) -> Tensor:
     """The 4 least squared distances [N, 4] from each point of a set to the set, itself included.
 
     Of this rank's tiles alone; infinity where they have fewer. A tile above the diagonal serves its rows and, mirrored,
@@ -119,8 +122,8 @@ class Covered:
 
 
 def covered(
-    samples: Tensor,
-    reference: Tensor,
+    samples: Rows,
+    reference: Rows,
     sample_radii: Tensor,
     reference_radii: Tensor,
     precision: PrPrecision,
@@ -151,7 +154,7 @@ def shared(places: list[tuple[int, int]], share: Share) -> Iterator[tuple[int, i
     yield from places[rank::world]
 
 
-def precision_and_recall(samples: Tensor, reference: Tensor, precision: PrPrecision) -> tuple[float, float]:
+def precision_and_recall(samples: Rows, reference: Rows, precision: PrPrecision) -> tuple[float, float]:
     """Both figures of two sets of features [N, D] and [M, D], at least 4 points each, on one process."""
     own, other = (radii(nearest_distances(side, precision)[None]) for side in (samples, reference))
     found = covered(samples, reference, own, other, precision)
