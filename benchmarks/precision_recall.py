@@ -43,17 +43,14 @@ def main() -> None:
 
 
 def write(path: Path, count: int, seed: int) -> Path:
-    """A feature file of `count` rows like Inception's pool: not negative, squared norm near 500; by blocks."""
+    """A feature file of `count` rows like Inception's pool: not negative, squared norm near 500; block by block."""
     generator = np.random.default_rng(seed)
-    array = np.lib.format.open_memmap(path.with_suffix(".pool.npy"), "w+", np.float32, (count, WIDTH))
-    for start in range(0, count, ROWS):
-        stop = min(start + ROWS, count)
-        array[start:stop] = np.abs(generator.standard_normal((stop - start, WIDTH), np.float32)) * 0.5
-    array.flush()
-    del array
-    with zipfile.ZipFile(path, "w") as archive:
-        archive.write(path.with_suffix(".pool.npy"), "pool.npy")
-    path.with_suffix(".pool.npy").unlink()
+    with zipfile.ZipFile(path, "w") as archive, archive.open("pool.npy", "w", force_zip64=True) as file:
+        header = {"descr": "<f4", "fortran_order": False, "shape": (count, WIDTH)}
+        np.lib.format.write_array_header_1_0(file, header)
+        for start in range(0, count, ROWS):
+            shape = (min(ROWS, count - start), WIDTH)
+            file.write((np.abs(generator.standard_normal(shape, np.float32)) * 0.5).tobytes())
     return path
 
 

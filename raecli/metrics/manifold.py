@@ -15,7 +15,7 @@ from raecli.metrics.feature_file import Rows
 
 NEIGHBOUR = 3  # the radius of a point's ball: its third neighbour, the point itself not counted
 ADM_BLOCK = 10_000  # rows and columns of ADM's blocks of distances
-TILE = 2500  # rows and columns of ours; no tile crosses a border of ADM's blocks
+TILE = 1250  # rows and columns of ours; no tile crosses a border of ADM's blocks
 HALF_MAX = 65504.0
 PrPrecision = Literal["exact", "adm"]
 Share = tuple[int, int]  # rank, world: which of the tiles are this rank's
