@@ -56,12 +56,7 @@ def family_findings(
     family: Family, samples: Side, reference: Side | None, choice: PrChoice, batch_size: int, ranks: Ranks
 ) -> Findings:
     """Measure what the two sides allow; say why of the rest."""
-    unavailable: dict[str, RaeError] = {}
-    for metric in family.metrics:
-        sides = [samples] if metric == "is" or reference is None else [samples, reference]
-        reason = next(filter(None, (lack(metric, side, family) for side in sides)), None)
-        if reason is not None:
-            unavailable[metric] = InputError(reason)
+    unavailable = hindrances(family, samples, reference)
     possible = [metric for metric in family.metrics if metric not in unavailable]
     network, missing = opened(family, possible, samples, reference)
     unavailable |= missing
@@ -74,6 +69,17 @@ def family_findings(
         theirs = taken(reference, compared, network, identity, batch_size, ranks, "reference")
     figures = figures_of(possible, ours, theirs, choice, ranks)
     return Findings(figures, unavailable, identity, ours, theirs)
+
+
+def hindrances(family: Family, samples: Side, reference: Side | None) -> dict[str, RaeError]:
+    """Why metrics cannot be had of what two sides hold, by metric."""
+    found: dict[str, RaeError] = {}
+    for metric in family.metrics:
+        sides = [samples] if metric == "is" or reference is None else [samples, reference]
+        reason = next(filter(None, (lack(metric, side, family) for side in sides)), None)
+        if reason is not None:
+            found[metric] = InputError(reason)
+    return found
 
 
 def lack(metric: str, side: Side, family: Family) -> str | None:
@@ -139,16 +145,7 @@ def taken(
 ) -> Taken:
     """Stored Gaussians where they are of the same network, and one pass for everything else."""
     layers = [LAYER[metric] for metric in metrics if metric in GAUSSIAN]
-    stored = {layer: side.stored[layer] for layer in layers if layer in side.stored}
-    other = {layer for layer, found in stored.items() if not is_of(found, layer, identity)}
-    if other and (side.images is None or network is None):
-        layer = sorted(other)[0]
-        raise InputError(
-            f"{side.source}: holds statistics of another feature network "
-            f"({told_network(stored[layer].provenance, layer)['name']}, {len(stored[layer].mean)} features) "
-            "and no images; measure with that network, or give images"
-        )
-    stored = {layer: found for layer, found in stored.items() if layer not in other}
+    stored = usable_stored(side, layers, network, identity)
     if side.features is not None and metrics:
         check_features(side, LAYER[metrics[0]], identity)
     wanted = Wanted(
@@ -159,6 +156,22 @@ def taken(
     measured = Measured() if side.data is None else measure(side.data, network, wanted, batch_size, ranks, label)
     counts = [found.samples for found in stored.values()] or [len(side.data) if side.data is not None else None]
     return Taken(measured, stored, counts[0])
+
+
+def usable_stored(
+    side: Side, layers: list[str], network: FeatureNetwork | None, identity: dict[str, Any]
+) -> dict[str, Moments]:
+    """Stored Gaussians of the network; those of another are passed over where there are images to measure instead."""
+    stored = {layer: side.stored[layer] for layer in layers if layer in side.stored}
+    other = [layer for layer, found in stored.items() if not is_of(found, layer, identity)]
+    if other and (side.images is None or network is None):
+        found = stored[other[0]]
+        raise InputError(
+            f"{side.source}: holds statistics of another feature network "
+            f"({told_network(found.provenance, other[0])['name']}, {len(found.mean)} features) "
+            "and no images; measure with that network, or give images"
+        )
+    return {layer: found for layer, found in stored.items() if layer not in other}
 
 
 def is_of(stored: Moments, layer: str, identity: dict[str, Any]) -> bool:

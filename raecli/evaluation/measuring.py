@@ -82,6 +82,37 @@ class DigestedImages:
 Batches = Iterator[tuple[int, list[str], dict[str, Tensor]]]
 
 
+class Sums:
+    """What a pass has taken in so far, on one rank."""
+
+    def __init__(self, samples: int, wanted: Wanted, device: torch.device, *, keep_rows: bool) -> None:
+        """samples: of the whole set. keep_rows: False where single features can be read again from their file."""
+        self.samples, self.wanted, self.device, self.keep_rows = samples, wanted, device, keep_rows
+        self.statistics: dict[str, FeatureStatistics] = {}
+        self.rows: Tensor | None = None
+        self.score: InceptionScore | None = None
+
+    def take(self, start: int, names: list[str], features: dict[str, Tensor]) -> None:
+        """A batch of features [B, D] by layer, of the samples from `start` on."""
+        for layer in self.wanted.moments:
+            width = features[layer].shape[1]
+            self.statistics.setdefault(layer, FeatureStatistics(width, self.device)).update(features[layer], names)
+        if self.wanted.rows:
+            self.take_rows(start, names, features[self.wanted.rows])
+        if self.wanted.score:
+            classes = features[LOGITS].shape[1]
+            self.score = self.score or InceptionScore(self.samples, classes, self.device)
+            self.score.update(features[LOGITS], start)
+
+    def take_rows(self, start: int, names: list[str], found: Tensor) -> None:
+        """Single features [B, D], checked, and kept at their places where they have to be."""
+        check_finite(found, names, start)
+        if self.keep_rows:
+            if self.rows is None:
+                self.rows = torch.zeros(self.samples, found.shape[1], device=self.device)
+            self.rows[start : start + len(found)] = found
+
+
 def measure(
     data: ImageSet | FeatureFile,
     network: FeatureNetwork | None,
@@ -95,29 +126,16 @@ def measure(
         return Measured()
     check_shares(len(data), ranks, data.path)
     images = None if isinstance(data, FeatureFile) else DigestedImages(data)
-    batches = feature_batches(images or data, network, wanted.layers, batch_size, ranks, label)
-    statistics: dict[str, FeatureStatistics] = {}
-    rows, score = None, None
-    for start, names, features in batches:
-        for layer in wanted.moments:
-            own = statistics.setdefault(layer, FeatureStatistics(features[layer].shape[1], ranks.device))
-            own.update(features[layer], names)
-        if wanted.rows:
-            found = features[wanted.rows]
-            check_finite(found, names, start)
-            if images is not None:
-                rows = torch.zeros(len(data), found.shape[1], device=ranks.device) if rows is None else rows
-                rows[start : start + len(found)] = found
-        if wanted.score:
-            score = score or InceptionScore(len(data), features[LOGITS].shape[1], ranks.device)
-            score.update(features[LOGITS], start)
+    sums = Sums(len(data), wanted, ranks.device, keep_rows=images is not None)
+    for start, names, features in feature_batches(images or data, network, wanted.layers, batch_size, ranks, label):
+        sums.take(start, names, features)
     provenance = {"images": str(data.path), **({"features": network.description} if network else {})}
+    moments = {layer: merge_in_order(states_of_ranks(own, ranks)) for layer, own in sums.statistics.items()}
+    stored = data.rows(wanted.rows, ranks.device) if isinstance(data, FeatureFile) and wanted.rows else None
     return Measured(
-        {layer: merge_in_order(states_of_ranks(own, ranks)).moments(provenance) for layer, own in statistics.items()},
-        data.rows(wanted.rows, ranks.device)
-        if isinstance(data, FeatureFile) and wanted.rows
-        else over_ranks(rows, ranks),
-        () if score is None else split_scores(score, ranks),
+        {layer: merged.moments(provenance) for layer, merged in moments.items()},
+        over_ranks(sums.rows, ranks) if stored is None else stored,
+        () if sums.score is None else split_scores(sums.score, ranks),
         None if images is None else images.sha256(ranks),
     )
 

@@ -56,9 +56,7 @@ def run(recipe: EvaluateRecipe, ranks: Ranks) -> None:
     check_something_found(recipe, findings)
     judged = judge(recipe, samples, ranks)
     if ranks.is_main:
-        tell(
-            report(recipe, samples, reference, findings, judged, ranks), as_json=recipe.print_json, output=recipe.output
-        )
+        tell(report(samples, reference, findings, judged, ranks), as_json=recipe.print_json, output=recipe.output)
 
 
 def write(recipe: EvaluateRecipe, ranks: Ranks) -> None:
@@ -135,7 +133,6 @@ def judge(recipe: EvaluateRecipe, samples: Side, ranks: Ranks) -> dict[str, Any]
 
 
 def report(
-    recipe: EvaluateRecipe,
     samples: Side,
     reference: Side | None,
     findings: list[Findings],
@@ -148,23 +145,28 @@ def report(
     for found in findings:
         told |= found.figures
         unavailable |= {metric: str(error) for metric, error in found.unavailable.items()}
-    first = findings[0] if findings else None
     told |= {"unavailable": unavailable, "samples_path": str(samples.source)}
-    if first is not None:
-        told |= {"samples": first.samples.count, "sides": {"samples": described(samples, first.samples)}}
-    if first is not None and reference is not None:
-        theirs = next((found.reference for found in findings if found.reference is not None), None)
-        told |= {
-            "reference_samples": theirs.count if theirs else None,
-            "reference_path": str(reference.source),
-            "statistics": {"samples": origin(first.samples), "reference": origin(theirs), "ddof": 1},
-        }
-        told["sides"]["reference"] = described(reference, theirs)
+    if findings:
+        told |= sides_told(samples, reference, findings)
     for found in (found for found in findings if found.figures):
         told["fdd_features" if found.network.get("name") == DINOV2_NAME else "features"] = found.network
-    told |= judged
     said = warnings_of(samples, reference, findings)
-    return told | {"world": ranks.world, "warnings": said, "protocol": protocol_of(samples)}
+    return told | judged | {"world": ranks.world, "warnings": said, "protocol": protocol_of(samples)}
+
+
+def sides_told(samples: Side, reference: Side | None, findings: list[Findings]) -> dict[str, Any]:
+    """What was compared with what."""
+    ours = findings[0].samples
+    told: dict[str, Any] = {"samples": ours.count, "sides": {"samples": described(samples, ours)}}
+    if reference is None:
+        return told
+    theirs = next((found.reference for found in findings if found.reference is not None), None)
+    told["sides"]["reference"] = described(reference, theirs)
+    return told | {
+        "reference_samples": theirs.count if theirs else None,
+        "reference_path": str(reference.source),
+        "statistics": {"samples": origin(ours), "reference": origin(theirs), "ddof": 1},
+    }
 
 
 def described(side: Side, found: Taken | None) -> dict[str, Any]:
