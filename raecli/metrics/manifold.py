@@ -68,10 +68,11 @@ def block_range(block: int, size: int) -> range:
 
 def norms(features: Rows, half: bool) -> Tensor:
     """|u|^2 [N] of features [N, D]; where `half`, of float16 features and rounded to float16."""
-    parts = (features[start : start + TILE] for start in range(0, len(features), TILE))
-    if not half:
-        return torch.cat([part.square().sum(1) for part in parts])
-    return torch.cat([part.half().square().float().sum(1).half() for part in parts])
+    found = torch.empty(len(features), dtype=torch.float16 if half else torch.float32, device=features.device)
+    for start in range(0, len(features), TILE):  # into one array: small results between large ones fragment memory
+        part = features[start : start + TILE]
+        found[start : start + TILE] = part.half().square().float().sum(1) if half else part.square().sum(1)
+    return found
 
 
 def products(rows: Tensor, columns: Tensor, half: bool) -> Tensor:
