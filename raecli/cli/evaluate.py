@@ -1,11 +1,12 @@
 """`rae eval`: how near samples come to a reference, and whether they show what was asked for."""
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from raecli.cli import evaluate_reconstruction
+from raecli.cli import evaluate_compare, evaluate_reconstruction, evaluate_write
 from raecli.cli.options import DevicesOpt, DryRunOpt, JsonOpt, NnodesOpt, NodeRankOpt, RdzvOpt
 
 if TYPE_CHECKING:
@@ -16,44 +17,46 @@ COLLECTIVE_SECONDS = 3600.0  # ranks meet once a set of images; slices are equal
 
 app = typer.Typer(
     name="eval",
-    help="Measure samples: their Frechet distance to a reference, or how many show the class asked for.",
+    help="Measure samples against a reference, as the ADM evaluator does; compare two reports.",
     no_args_is_help=True,
     rich_markup_mode=None,
     add_completion=False,
     pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
 )
 
-SamplesArg = Annotated[str, typer.Argument(metavar="SAMPLES", help="Folder of PNG or JPEG images, or .npz with arr_0.")]
+SamplesArg = Annotated[
+    str,
+    typer.Argument(metavar="SAMPLES", help="Folder of PNG or JPEG images, .npz with arr_0, tars, or a feature file."),
+]
+ReferenceOpt = Annotated[
+    str | None,
+    typer.Option("--ref", metavar="REF", help="The same; or an ADM reference batch, or statistics (mu, sigma)."),
+]
+InceptionOpt = Annotated[
+    str | None,
+    typer.Option("--inception", metavar="FILE", help="Its weights [default: $RAE_INCEPTION, torch hub's cache]."),
+]
+Dinov2Opt = Annotated[
+    str | None,
+    typer.Option("--dinov2", metavar="FILE", help="ViT-L/14's weights, for fdd [default: $RAE_DINOV2, hub's cache]."),
+]
+FeaturesOpt = Annotated[
+    str | None,
+    typer.Option(
+        "--features", metavar="FILE", help="Instead of Inception: a classifier's file, or an encoder's name or folder."
+    ),
+]
+PrPrecisionOpt = Annotated[
+    Literal["both", "exact", "adm"],
+    typer.Option("--pr-precision", help="Distances of precision and recall: float32, ADM's float16, or both."),
+]
 BatchSizeOpt = Annotated[int, typer.Option("--batch-size", help="Images a forward on one rank.", min=1)]
 OutOpt = Annotated[str | None, typer.Option("--out", metavar="FILE", help="Write the report there too, as JSON.")]
 
-
-@app.command("fid")
-def fid(
-    samples: SamplesArg,
-    reference: Annotated[
-        str, typer.Option("--ref", metavar="REF", help="The same, or an npz with stored statistics (mu, sigma).")
-    ],
-    inception: Annotated[
-        str | None,
-        typer.Option("--inception", metavar="FILE", help="Its weights [default: $RAE_INCEPTION, torch hub's cache]."),
-    ] = None,
-    features: Annotated[
-        str | None,
-        typer.Option(
-            "--features", metavar="FILE", help="Instead: a classifier's file, or an encoder's name or folder."
-        ),
-    ] = None,
-    batch_size: BatchSizeOpt = 64,
-    as_json: JsonOpt = False,
-    out: OutOpt = None,
-    devices: DevicesOpt = None,
-    nnodes: NnodesOpt = 1,
-    node_rank: NodeRankOpt = 0,
-    rdzv: RdzvOpt = None,
-    dry_run: DryRunOpt = False,
-) -> None:
-    """Frechet distance between samples and a reference (FID).
+EVERY = ("fid", "sfid", "is", "precision-recall", "kid", "fdd")
+HELP = {
+    "fid": """Frechet distance between samples and a reference (FID).
 
     Mean and covariance are streamed in float64, so the figure depends on neither batch size nor number of devices.
 
@@ -61,31 +64,99 @@ def fid(
     rae eval fid samples/ --ref adm_ref.npz            ADM's reference batch, Inception
     rae eval fid samples/ --ref images/ --json         against a folder of images
     rae eval fid samples/ --ref test/ --features judge.safetensors
-    """
-    from raecli.errors import UsageError
-    from raecli.launch import LaunchOptions
-    from raecli.metrics.inception_file import find_inception
-    from raecli.recipe.recipes import EvaluateRecipe
+    """,
+    "sfid": """Frechet distance of Inception's spatial features (sFID): 7 channels of mixed_6, 17 x 17 places.
 
-    require_paths(samples, reference)
-    if inception and features:
-        raise UsageError("--inception and --features exclude one another: FID is measured in one network")
-    if features and features.endswith(".safetensors"):
-        require_paths(features)
-    if not features:
-        find_inception(inception)  # refuses before anything is started; the workers find it again
-    recipe = EvaluateRecipe(
-        stage="eval",
-        metrics=("fid",),
-        samples=samples,
-        reference=reference,
-        inception=inception,
-        features=features,
-        batch_size=batch_size,
-        output=out,
-        print_json=as_json,
-    )
-    launch(recipe, LaunchOptions(devices, nnodes, node_rank, rdzv, COLLECTIVE_SECONDS), dry_run)
+    \b
+    rae eval sfid samples.npz --ref VIRTUAL_imagenet256_labeled.npz
+    """,
+    "is": """Inception Score, over consecutive splits of 5000. Takes no reference.
+
+    Splits follow the order of the samples, as in ADM's evaluator; logits are without bias.
+
+    Samples sorted by class score far too low: they are told of, where labels or class folders tell.
+
+    \b
+    rae eval is samples/
+    """,
+    "precision-recall": """Improved precision and recall, by third neighbours in the pooled features.
+
+    precision and recall are of float32 distances, precision_float16 and recall_float16 as ADM's evaluator rounds on
+    a GPU; --pr-precision adm makes those the figures. A reference needs images or features, not statistics alone.
+
+    \b
+    rae eval precision-recall samples.npz --ref VIRTUAL_imagenet256_labeled.npz --pr-precision adm
+    """,
+    "kid": """Kernel Inception Distance (KID): 100 subsets of 1000 in the pooled features.
+
+    Subsets are drawn by position with a fixed seed: another order of the samples moves it within its deviation.
+
+    \b
+    rae eval kid samples/ --ref images/
+    """,
+    "fdd": """Frechet distance of DINOv2's class tokens (FDD). It favours autoencoders on DINOv2: read it beside FID.
+
+    \b
+    rae eval fdd samples/ --ref images/ --dinov2 dinov2_vitl14_pretrain.pth
+    """,
+    "all": """All of these, Inception's in one pass; where one cannot be had, it says why.
+
+    \b
+    rae eval all samples.npz --ref VIRTUAL_imagenet256_labeled.npz --out report.json
+    rae eval all sample_features.npz --ref reference_features.npz --json
+    """,
+}
+
+
+def measuring(name: str, metrics: tuple[str, ...]) -> Callable[..., None]:
+    """The command that measures `metrics`: all of them have one signature."""
+
+    def command(
+        samples: SamplesArg,
+        reference: ReferenceOpt = None,
+        inception: InceptionOpt = None,
+        dinov2: Dinov2Opt = None,
+        features: FeaturesOpt = None,
+        pr_precision: PrPrecisionOpt = "both",
+        batch_size: BatchSizeOpt = 64,
+        as_json: JsonOpt = False,
+        out: OutOpt = None,
+        devices: DevicesOpt = None,
+        nnodes: NnodesOpt = 1,
+        node_rank: NodeRankOpt = 0,
+        rdzv: RdzvOpt = None,
+        dry_run: DryRunOpt = False,
+    ) -> None:
+        from raecli.launch import LaunchOptions
+        from raecli.recipe.load import recipe_from_options
+        from raecli.recipe.recipes import EvaluateRecipe
+
+        check_sides(name, samples, reference)
+        check_networks(metrics, samples, inception, features)
+        recipe = recipe_from_options(
+            EvaluateRecipe,
+            {
+                "stage": "eval",
+                "metrics": metrics,
+                "optional": name == "all",
+                "samples": samples,
+                "reference": reference,
+                "inception": inception,
+                "dinov2": dinov2,
+                "features": features,
+                "pr_precision": pr_precision,
+                "batch_size": batch_size,
+                "output": out,
+                "print_json": as_json,
+            },
+        )
+        launch(recipe, LaunchOptions(devices, nnodes, node_rank, rdzv, COLLECTIVE_SECONDS), dry_run)
+
+    return command
+
+
+for _name in (*EVERY, "all"):
+    app.command(_name, help=HELP[_name])(measuring(_name, EVERY if _name == "all" else (_name,)))
 
 
 @app.command("accuracy")
@@ -122,6 +193,34 @@ def accuracy(
         print_json=as_json,
     )
     launch(recipe, LaunchOptions(devices, nnodes, node_rank, rdzv, COLLECTIVE_SECONDS), dry_run)
+
+
+app.command("features")(evaluate_write.features)
+app.command("statistics")(evaluate_write.statistics)
+app.command("compare")(evaluate_compare.compare)
+
+
+def check_sides(name: str, samples: str, reference: str | None) -> None:
+    """Refuse what is not there, or a reference that nobody named."""
+    from raecli.errors import UsageError
+
+    if reference is None and name != "is":
+        raise UsageError(f"rae eval {name} needs a reference: --ref REF, a folder of images, features or statistics")
+    require_paths(samples, *([reference] if reference else []))
+
+
+def check_networks(metrics: tuple[str, ...], samples: str, inception: str | None, features: str | None) -> None:
+    """Refuse networks that exclude one another, and Inception without weights where samples have to pass it."""
+    from raecli.errors import UsageError
+    from raecli.metrics.inception_file import find_inception
+
+    if inception and features:
+        raise UsageError("--inception and --features exclude one another: FID is measured in one network")
+    if features and features.endswith(".safetensors"):
+        require_paths(features)
+    images = not samples.endswith(".npz")  # an .npz may hold features; the workers look
+    if metrics != ("fdd",) and not features and (images or inception):
+        find_inception(inception)  # refuses before anything is started; the workers find it again
 
 
 def require_paths(*paths: str) -> None:

@@ -1,4 +1,8 @@
-"""Frozen networks that images are compared in: Inception, a classifier of the user's, a representation encoder."""
+"""Frozen networks that images are compared in: Inception, DINOv2, a classifier of the user's, an encoder.
+
+torch-fidelity and timm are imported where a network is loaded: figures of features and statistics need neither, and
+the two cost 200 MB and seconds.
+"""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -9,16 +13,20 @@ import torch
 from torch import Tensor
 
 from raecli.errors import CheckpointError, InputError
-from raecli.metrics.inception import LAYER_WIDTHS, full_float32, load_inception
-from raecli.metrics.inception_file import find_inception
+from raecli.metrics.full_precision import full_float32
+from raecli.metrics.inception_file import LAYER_WIDTHS, find_inception
 from raecli.metrics.reference import ImageSet
-from raecli.models.build import encoder_of
 from raecli.models.classifier import Classifier, load_classifier
 from raecli.store.atomic import sha256_of
-from raecli.store.encoders import resolve_encoder
 
 INCEPTION = "inception-v3-compat"  # torch-fidelity's name of it
-POOL = "pool"  # the layer whose features FID compares: one vector an image
+DINOV2_NAME = "dinov2 without registers, class token"
+POOL, SPATIAL, LOGITS, DINOV2 = (
+    "pool",
+    "spatial",
+    "logits",
+    "dinov2",
+)  # layers; POOL is the one whose features FID compares: one vector an image
 
 
 @dataclass(frozen=True)
@@ -28,10 +36,13 @@ class FeatureNetwork:
     extract: Callable[[Tensor], dict[str, Tensor]]
     width: int  # D of the pooled layer
     description: dict[str, Any]  # plain JSON values; name and sha256 say whether two sets of statistics may be compared
+    layers: tuple[str, ...] = (POOL,)  # what `extract` gives
 
 
-def inception_network(path: str | None, device: torch.device) -> FeatureNetwork:
-    """Inception's pool_3, as ADM's evaluator has it."""
+def inception_network(path: str | None, device: torch.device, layers: tuple[str, ...] = (POOL,)) -> FeatureNetwork:
+    """Inception's layers, as ADM's evaluator has them: among pool, spatial and logits."""
+    from raecli.metrics.inception import load_inception
+
     found = find_inception(path)
     description = {
         "name": INCEPTION,
@@ -42,7 +53,26 @@ def inception_network(path: str | None, device: torch.device) -> FeatureNetwork:
         "resize": "to 299 x 299 as TensorFlow 1: bilinear, corners aligned, no antialias; then (x - 128) / 128",
         "precision": "float32, TF32 and autocast off",
     }
-    return FeatureNetwork(load_inception(found.path, (POOL,)).to(device), LAYER_WIDTHS[POOL], description)
+    network = load_inception(found.path, layers).to(device)
+    return FeatureNetwork(network, LAYER_WIDTHS[POOL], description, layers)
+
+
+def dinov2_network(path: str | None, device: torch.device) -> FeatureNetwork:
+    """DINOv2's class token, as FDD compares it."""
+    from raecli.evaluation.dinov2 import find_dinov2, load_dinov2
+
+    found = find_dinov2(path)
+    network = load_dinov2(found).to(device)
+    description = {
+        "name": DINOV2_NAME,
+        "file": str(found),
+        "sha256": sha256_of(found),
+        "width": network.width,
+        "depth": len(network.network.blocks),
+        "resize": "to 224 x 224, bicubic with antialias, float32, not rounded; / 255, ImageNet's mean and deviation",
+        "precision": "float32, TF32 and autocast off",
+    }
+    return FeatureNetwork(lambda images: {DINOV2: network(images)}, network.width, description, (DINOV2,))
 
 
 def classifier_network(path: Path, device: torch.device) -> FeatureNetwork:
@@ -62,6 +92,9 @@ def classifier_network(path: Path, device: torch.device) -> FeatureNetwork:
 
 def encoder_network(name: str, images: ImageSet, device: torch.device) -> FeatureNetwork:
     """A representation encoder's tokens, averaged over the image."""
+    from raecli.models.build import encoder_of
+    from raecli.store.encoders import resolve_encoder
+
     if images.size[0] != images.size[1]:
         raise InputError(
             f"{images.path}: {images.size[1]} x {images.size[0]} pixels; encoder {name} needs square images"

@@ -3,10 +3,16 @@
 from dataclasses import dataclass
 from typing import Literal
 
+import numpy as np
+import scipy.linalg
 import torch
 from torch import Tensor
 
 from raecli.errors import InputError, NonFiniteError
+
+EPSILON = torch.finfo(torch.float64).eps
+WELL_CONDITIONED = 1e-6  # smallest over largest squared pivot, above which the other side's factor is not looked for
+Method = Literal["cholesky", "pivoted cholesky"]
 
 
 @dataclass(frozen=True)
@@ -16,7 +22,7 @@ class FrechetDistance:
     value: float
     mean_part: float
     trace_part: float
-    method: Literal["cholesky", "eigh"]
+    method: Method
 
 
 def frechet_distance(mean_a: Tensor, cov_a: Tensor, mean_b: Tensor, cov_b: Tensor) -> FrechetDistance:
@@ -48,21 +54,23 @@ def symmetrised(matrix: Tensor) -> Tensor:
     return (matrix + matrix.T) / 2
 
 
-def trace_of_root(cov_a: Tensor, cov_b: Tensor) -> tuple[float, Literal["cholesky", "eigh"]]:
+def trace_of_root(cov_a: Tensor, cov_b: Tensor) -> tuple[float, Method]:
     """tr (cov_a cov_b)^(1/2), and how it was found.
 
-    With cov_a = L L^T the product has the eigenvalues of L^T cov_b L, which is symmetric, so the trace is the sum of
-    their roots. L is the Cholesky factor of the better-conditioned side; where neither has a usable one (fewer samples
-    than features), that of a truncated eigendecomposition of the side of lower rank.
+    With cov_a = F F^T the product has the eigenvalues of F^T cov_b F, which is symmetric, so the trace is the sum of
+    their roots. F is the Cholesky factor of the better-conditioned side; where neither has a usable one (fewer samples
+    than features), that of the side of lower rank, by Cholesky with pivoting.
     """
     factor_a, pivots_a = cholesky_factor(cov_a)
+    if pivots_a > WELL_CONDITIONED:
+        return sum_of_roots(triangular_congruence(factor_a, cov_b)), "cholesky"
     factor_b, pivots_b = cholesky_factor(cov_b)
-    if max(pivots_a, pivots_b) > len(cov_a) * torch.finfo(torch.float64).eps:
+    if max(pivots_a, pivots_b) > len(cov_a) * EPSILON:
         factor, other = (factor_a, cov_b) if pivots_a >= pivots_b else (factor_b, cov_a)
-        return sum_of_roots(factor.T @ other @ factor), "cholesky"
-    factor_a, factor_b = eigen_factor(cov_a), eigen_factor(cov_b)
+        return sum_of_roots(triangular_congruence(factor, other)), "cholesky"
+    factor_a, factor_b = low_rank_factor(cov_a), low_rank_factor(cov_b)
     factor, other = (factor_a, cov_b) if factor_a.shape[1] <= factor_b.shape[1] else (factor_b, cov_a)
-    return sum_of_roots(factor.T @ other @ factor), "eigh"
+    return sum_of_roots(factor.T @ other @ factor), "pivoted cholesky"
 
 
 def cholesky_factor(matrix: Tensor) -> tuple[Tensor, float]:
@@ -74,15 +82,33 @@ def cholesky_factor(matrix: Tensor) -> tuple[Tensor, float]:
     return factor, (pivots.min() / pivots.max()).item()
 
 
-def eigen_factor(matrix: Tensor) -> Tensor:
-    """F [D, R] with F F^T = matrix, R its numerical rank: eigenvalues under D * eps * the largest are rounding."""
-    values, vectors = torch.linalg.eigh(matrix)
-    kept = values > values.max().clamp_min(0) * len(matrix) * torch.finfo(torch.float64).eps
-    return vectors[:, kept] * values[kept].sqrt()
+def triangular_congruence(lower: Tensor, matrix: Tensor) -> Tensor:
+    """L^T S L [D, D] of a lower triangular L and a symmetric S. BLAS's triangular product halves the work on a CPU."""
+    if matrix.is_cuda:
+        return lower.T @ matrix @ lower
+    factor = np.asfortranarray(lower.numpy())
+    right = scipy.linalg.blas.dtrmm(1.0, factor, matrix.numpy().T, side=1, lower=1)  # S is its own transpose
+    both = scipy.linalg.blas.dtrmm(1.0, factor, right, side=0, lower=1, trans_a=1, overwrite_b=1)
+    return torch.from_numpy(both)
+
+
+def low_rank_factor(matrix: Tensor) -> Tensor:
+    """F [D, R] with F F^T = matrix, R its numerical rank: pivots under D * eps * the largest variance are rounding.
+
+    LAPACK's dpstrf: Higham, "Analysis of the Cholesky decomposition of a semi-definite matrix" (1990). R^2 D operations
+    where an eigendecomposition takes 9 D^3.
+    """
+    packed, order, rank, info = scipy.linalg.lapack.dpstrf(np.asfortranarray(matrix.cpu().numpy()), lower=1)
+    assert info >= 0, "an argument of dpstrf is wrong"
+    if not bool(matrix.diagonal().max() > 0):  # LAPACK calls a matrix of zeros of rank 1
+        rank = 0
+    factor = np.empty((len(packed), rank))
+    factor[order - 1] = np.tril(packed[:, :rank])
+    return torch.from_numpy(factor).to(matrix.device)
 
 
 def sum_of_roots(matrix: Tensor) -> float:
     """Sum of the square roots of a symmetric matrix's eigenvalues, those that rounding made negative taken as 0."""
     if matrix.numel() == 0:  # a side without any spread
         return 0.0
-    return torch.linalg.eigvalsh(symmetrised(matrix)).clamp_min(0).sqrt().sum().item()
+    return torch.linalg.eigvalsh(matrix).clamp_min(0).sqrt().sum().item()

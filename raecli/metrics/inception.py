@@ -2,8 +2,6 @@
 
 import io
 import pickle
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -11,10 +9,10 @@ from torch import Tensor, nn
 from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
 from raecli.errors import CheckpointError
+from raecli.metrics.full_precision import full_float32
 from raecli.metrics.inception_file import WEIGHTS_NAME
 
 SPATIAL_CHANNELS = 7  # of mixed_6/conv's 192: Nash et al. (2021) keep the first 7, 17 x 17 x 7 = 2023 features
-LAYER_WIDTHS = {"pool": 2048, "spatial": 2023, "logits": 1008}
 
 
 class Inception(nn.Module):
@@ -51,17 +49,6 @@ class Inception(nn.Module):
         if self.spatial is not None:
             features["spatial"], self.spatial = self.spatial, None
         return {name: features[name] for name in self.layers}
-
-
-@contextmanager
-def full_float32(device: torch.device) -> Iterator[None]:
-    """No TF32 in convolutions, no autocast: bf16 moves pooled features by 13 %, float32's rounding by 4e-5."""
-    cudnn = torch.backends.cudnn
-    flags = cudnn.flags(
-        enabled=cudnn.enabled, benchmark=cudnn.benchmark, deterministic=cudnn.deterministic, allow_tf32=False
-    )
-    with flags, torch.autocast(device.type, enabled=False):
-        yield
 
 
 def load_inception(path: Path, layers: tuple[str, ...] = ("pool",)) -> Inception:

@@ -10,6 +10,7 @@ from raecli.store.atomic import sha256_of
 WEIGHTS_NAME = "weights-inception-2015-12-05-6726825d.pth"
 PUBLISHED_SHA256_PREFIX = "6726825d"  # torch hub's convention: a file's digest starts with the end of its name
 ENVIRONMENT_VARIABLE = "RAE_INCEPTION"
+LAYER_WIDTHS = {"pool": 2048, "spatial": 2023, "logits": 1008}
 
 
 @dataclass(frozen=True)

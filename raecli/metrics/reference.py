@@ -1,12 +1,11 @@
 """Sets of images to be measured: image folders, and npz files as ADM's evaluator reads them."""
 
 import json
-import zipfile
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, Protocol
 
 import numpy as np
 import torch
@@ -14,10 +13,12 @@ from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 from raecli.errors import InputError
+from raecli.metrics.array_stream import ArrayStream, members_of
 
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg"}
 ARRAY_SUFFIXES = {".npz", ".npy"}
 NOT_SAMPLES = {"grid.png", "picture.png", "trajectory.png"}  # pictures of many samples that lie beside them
+IMAGES_KEY = "arr_0"
 CARD = "samples.json"
 DECODERS = 4  # threads that decode images of a batch
 EXPECTED = "expected a folder of PNG or JPEG images, or an .npz with uint8 arr_0 [N, H, W, 3]"
@@ -68,11 +69,11 @@ class ArrayImages:
     def __init__(self, path: Path) -> None:
         """Reads the header only."""
         self.path = path
-        self.stream = open_array(path)
-        shape = read_header(path, self.stream)
+        self.stream = ArrayStream(path, IMAGES_KEY, EXPECTED)
+        shape, dtype = self.stream.shape, self.stream.dtype
+        if dtype != np.uint8 or len(shape) != 4 or shape[3] != 3 or 0 in shape:
+            raise InputError(f"{path}: its array is {dtype} of shape {list(shape)}; expected uint8 [N, H, W, 3]")
         self.count, self.size = shape[0], shape[1:3]
-        self.bytes_each = shape[1] * shape[2] * 3
-        self.offset = self.stream.tell()
 
     def __len__(self) -> int:
         """Number of images."""
@@ -84,23 +85,30 @@ class ArrayImages:
 
     def read(self, start: int, stop: int) -> Tensor:
         """Images start to stop: uint8 [B, 3, H, W]. Reading forwards is cheap; backwards starts the file again."""
-        wanted = (stop - start) * self.bytes_each
-        try:
-            self.stream.seek(self.offset + start * self.bytes_each)
-            data = self.stream.read(wanted)
-        except (zipfile.BadZipFile, EOFError, OSError) as error:
-            raise InputError(f"{self.path}: damaged ({error}); make or download the file again") from error
-        if len(data) != wanted:
-            raise InputError(f"{self.path}: ends before image {stop - 1} of {self.count}; make the file again")
-        pixels = np.frombuffer(data, np.uint8).reshape(stop - start, *self.size, 3)
-        return torch.from_numpy(pixels.transpose(0, 3, 1, 2).copy())
+        return torch.from_numpy(self.stream.read(start, stop).transpose(0, 3, 1, 2).copy())
 
     def folder_classes(self) -> None:
         """An array has no folders."""
         return
 
 
-ImageSet = FolderImages | ArrayImages
+class ImageSet(Protocol):
+    """A set of images of one size, in a fixed order."""
+
+    path: Path
+    size: Any  # height and width in pixels
+
+    def __len__(self) -> int:
+        """Number of images."""
+
+    def names(self, start: int, stop: int) -> list[str]:
+        """What to call images start to stop in a message."""
+
+    def read(self, start: int, stop: int) -> Tensor:
+        """Images start to stop: uint8 [B, 3, H, W]."""
+
+    def folder_classes(self) -> list[str] | None:
+        """The class folder of each image, where there are class folders."""
 
 
 def locate_source(path: str) -> Path:
@@ -116,11 +124,9 @@ def locate_source(path: str) -> Path:
 
 
 def holds_images(source: Path) -> bool:
-    """False for an .npz without arr_0: stored statistics alone. Anything else is for `open_images` to judge."""
-    if source.suffix != ".npz" or not zipfile.is_zipfile(source):
-        return True
-    with zipfile.ZipFile(source) as file:
-        return "arr_0.npy" in file.namelist()
+    """False for an .npz without arr_0: stored statistics or features. Anything else is for `open_images` to judge."""
+    members = members_of(source)
+    return not members or IMAGES_KEY in members
 
 
 def open_images(source: Path) -> ImageSet:
@@ -142,41 +148,16 @@ def image_files(root: Path) -> tuple[str, ...]:
     return tuple(sorted(file.as_posix() for file in wanted if not any(part.startswith(".") for part in file.parts)))
 
 
-def read_image(path: Path) -> np.ndarray:
-    """One image file as uint8 [H, W, 3]."""
+def read_image(file: Path | IO[bytes], name: object = None) -> np.ndarray:
+    """One image file as uint8 [H, W, 3]. name: what to call it in a message, if not by its path."""
+    path = file if name is None else name
     try:
-        with Image.open(path) as image:
+        with Image.open(file) as image:
             if image.mode[0] in "IF":
                 raise InputError(f"{path}: pixels of mode {image.mode}, not 8 bits; save it as 8-bit RGB")
             return np.asarray(image.convert("RGB"))
     except (UnidentifiedImageError, Image.DecompressionBombError, OSError, SyntaxError, ValueError) as error:
         raise InputError(f"{path}: cannot be read as an image ({error}); remove it or make it again") from error
-
-
-def open_array(path: Path) -> IO[bytes]:
-    """The stream of an .npy, or of the member arr_0 of an .npz."""
-    try:
-        if path.suffix == ".npy":
-            return path.open("rb")
-        return zipfile.ZipFile(path).open("arr_0.npy")
-    except KeyError as error:
-        raise InputError(f"{path}: no images in it (key arr_0 is missing); {EXPECTED}") from error
-    except (zipfile.BadZipFile, OSError) as error:
-        raise InputError(f"{path}: cannot be read ({error}); make or download the file again") from error
-
-
-def read_header(path: Path, stream: IO[bytes]) -> tuple[int, int, int, int]:
-    """Shape [N, H, W, 3] of an array of images, the stream left at its first pixel."""
-    readers = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
-    try:
-        shape, by_columns, dtype = readers[np.lib.format.read_magic(stream)](stream)
-    except (ValueError, KeyError, zipfile.BadZipFile, EOFError) as error:
-        raise InputError(f"{path}: its array cannot be read ({error}); make or download the file again") from error
-    if dtype != np.uint8 or len(shape) != 4 or shape[3] != 3 or 0 in shape:
-        raise InputError(f"{path}: its array is {dtype} of shape {list(shape)}; expected uint8 [N, H, W, 3]")
-    if by_columns:
-        raise InputError(f"{path}: its array is in Fortran order; save it with numpy.ascontiguousarray")
-    return shape
 
 
 def rank_slice(count: int, rank: int, world: int) -> tuple[int, int]:

@@ -111,13 +111,24 @@ def check_finite(features: Tensor, names: Sequence[str], start: int) -> None:
     raise NonFiniteError(f"{name}: its features hold NaN or infinity; look at the image and at the feature network")
 
 
+SUFFIXES = {"pool": "", "spatial": "_s", "dinov2": "_d"}  # of mu and sigma in an npz, by layer; the first two are ADM's
+
+
 def save_moments(path: Path, moments: Moments) -> None:
     """Write an npz with n, mu, sigma (ADM's names) and provenance (JSON text); complete or absent."""
-    arrays = {"mu": moments.mean.cpu().numpy(), "sigma": moments.covariance.cpu().numpy()}
-    if moments.samples is not None:
-        arrays["n"] = np.array(moments.samples, dtype=np.int64)
+    save_statistics(path, {"pool": moments}, moments.provenance)
+
+
+def save_statistics(path: Path, layers: dict[str, Moments], provenance: dict[str, Any]) -> None:
+    """Write the Gaussians of several layers of one set of images: n, mu, sigma, mu_s, sigma_s ..., provenance."""
+    arrays = {}
+    for layer, moments in layers.items():
+        arrays[f"mu{SUFFIXES[layer]}"] = moments.mean.cpu().numpy()
+        arrays[f"sigma{SUFFIXES[layer]}"] = moments.covariance.cpu().numpy()
+        if moments.samples is not None:
+            arrays["n"] = np.array(moments.samples, dtype=np.int64)
     with atomic_file(path) as scratch, scratch.open("wb") as file:
-        np.savez(file, provenance=np.array(json.dumps(moments.provenance)), **arrays)
+        np.savez(file, provenance=np.array(json.dumps(provenance)), **arrays)
 
 
 def load_moments(path: Path, suffix: str = "") -> Moments | None:

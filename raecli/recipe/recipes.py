@@ -208,15 +208,20 @@ class EvaluateReconstructionRecipe(Spec):
 
 
 class EvaluateRecipe(Spec):
-    """Samples and a reference to figures."""
+    """Samples and a reference to figures; or, with `write`, images to features or statistics."""
 
     stage: Literal["eval"]
-    metrics: tuple[Literal["fid", "accuracy"], ...]
+    metrics: tuple[Literal["fid", "sfid", "is", "precision-recall", "kid", "fdd", "accuracy"], ...]
+    optional: bool = False  # say of a metric that cannot be had why, instead of ending
+    write: Literal["features", "statistics"] | None = None  # to `output`
+    kind: Literal["generation", "reconstruction"] = "generation"  # what statistics or features are a reference for
     samples: str
     reference: str | None = None
     inception: str | None = None  # torch-fidelity's Inception weights
+    dinov2: str | None = None  # of ViT-L/14 without registers, for fdd
     features: str | None = None  # a feature network of the user's, instead of Inception
     classifier: str | None = None  # for accuracy
+    pr_precision: Literal["both", "exact", "adm"] = "both"  # distances of precision and recall: float32, float16
     batch_size: Count = 64
     print_json: bool = False
     output: str | None = None
