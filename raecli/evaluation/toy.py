@@ -6,7 +6,7 @@ from statistics import fmean, stdev
 
 from raecli.errors import ExitCode, RaeError
 
-NEAR = 0.06  # excess of a trained model; .048 is the most seen, at d = n = 64, the slowest case
+NEAR = 0.07  # excess of a trained model; .066 is the most seen, at d = n = 32: d = n is the slowest case
 ERRORS_ALLOWED = 4  # standard errors: by chance 1 mean in 30,000 lies further below its expectation
 ROUNDING = 1e-6  # of the certificate: a float32 layer in float64 algebra
 TIME_EDGES = (0.1, 0.3, 0.5, 0.7, 0.9)  # of `loss_by_time`
