@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import raecli
 from raecli.cli.overfit_toy import (
     EVERY_PRESET,
     PRESETS,
@@ -15,6 +16,7 @@ from raecli.cli.overfit_toy import (
     build_recipe,
     choose_preset,
     images_of,
+    latents_of_autoencoder,
     parse_numbers,
     resolved_encoder,
     scaled,
@@ -28,6 +30,7 @@ from raecli.stages import overfit_toy as stage
 from raecli.stages.overfit_toy import build_model, by_time, jobs_of, make_latents, measure, run, tokens_of
 from raecli.stages.worker import ended
 from raecli.training.distributed import Ranks
+from tests.conftest import TINY_DECODER
 
 ALONE = Ranks(0, 1, torch.device("cpu"))
 
@@ -151,6 +154,23 @@ def test_the_latent_is_the_images_by_the_encoder(tmp_path, images):
     assert [tuple(latents.shape) for latents in found] == [(1, 32, 2, 2)] * 4
     assert torch.equal(found[0], found[1]) and torch.equal(found[2], found[3])
     assert not torch.allclose(found[0], found[2])
+
+
+def test_an_autoencoders_own_latents_are_overfitted_and_samples_are_decoded(tmp_path, cache, images, rae):
+    data = (f"images={images}", f"cache={cache}", "output=decoder", "duration=2 steps")
+    rae("train-decoder", "digits/decoder", *data, "loss.perceptual=none", "loss.perceptual_weights=null", *TINY_DECODER)
+    told = latents_of_autoencoder(str(tmp_path / "decoder"))
+    assert (told["channels"], told["tokens"], told["image_size"]) == ((32,), 16, 32)
+    image = str(next(iter(sorted(images.rglob("*.png")))))
+    recipe = small_recipe(tmp_path, **told, images=(image,), widths=(16,), steps=3, evaluation_draws=64)
+    row, made = measure(jobs_of(recipe)[0], recipe, ALONE)
+    autoencoder = raecli.load_autoencoder(tmp_path / "decoder")
+    latents = autoencoder.encode(stage.read_image(image, 32))
+    torch.testing.assert_close(made.target, tokens_of(latents)[0])
+    assert made.images.shape == (4, 3, 32, 32)
+    torch.testing.assert_close(made.images[:1], autoencoder.decode(latents))
+    assert row.bound == 0.5
+    assert "the autoencoder" in stage.latent_in_words(recipe)
 
 
 def test_seeds_and_depths_are_averaged_and_drawn(tmp_path, capsys):
