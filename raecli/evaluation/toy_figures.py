@@ -11,6 +11,7 @@ from torch import Tensor
 from raecli.evaluation.toy import ERRORS_ALLOWED, Row
 from raecli.store.atomic import atomic_file
 
+MOST_NAMED = 24  # curves in a legend
 MARGIN = 12  # parts of the widths' range, free on either side
 
 
@@ -32,11 +33,11 @@ def draw_figures(
         import matplotlib.figure  # noqa: F401
     except ImportError:
         return "; no figures: matplotlib is missing (pip install 'raecli[plots]')"
-    draw(folder / "figure.png", 2, 4.8, lambda axes: (plot_losses(axes[0], rows, head), plot_curves(axes[1], rows)))
+    draw(folder / "figure.png", 2, 5.6, lambda axes: (plot_losses(axes[0], rows, head), plot_curves(axes[1], rows)))
     names = ["figure.png"]
     if len({row.depth for row in rows}) > 1:
         narrow = [row for row in rows if row.bound > 0] or list(rows)
-        draw(folder / "depth.png", 2, 4.8, lambda axes: (plot_depths(axes[0], narrow), plot_curves(axes[1], narrow)))
+        draw(folder / "depth.png", 2, 5.6, lambda axes: (plot_depths(axes[0], narrow), plot_curves(axes[1], narrow)))
         names.append("depth.png")
     draw_samples(generated, folder / "samples.png")
     return "".join(f", {folder / name}" for name in [*names, "samples.png"])
@@ -55,7 +56,7 @@ def draw(path: Path, panels: int, height: float, fill: Callable[[Any], object]) 
 def plot_losses(axis: Any, rows: Sequence[Row], head: tuple[int, int] | None) -> None:
     """Loss against width on a log axis, where a bound of 0 has no place: it falls off the axis at d = n."""
     lowest, highest = min(row.loss for row in rows) / 2, max(2.0, *(row.loss * 1.5 for row in rows))
-    series = sorted({(row.channels, row.depth) for row in rows})
+    series = sorted({(row.channels, row.depth) for row in rows})  # of several n, colours as their bounds
     for number, (channels, depth) in enumerate(series):
         ours = [row for row in rows if (row.channels, row.depth) == (channels, depth)]
         errors = [ERRORS_ALLOWED * row.standard_error for row in ours]
@@ -68,7 +69,12 @@ def plot_losses(axis: Any, rows: Sequence[Row], head: tuple[int, int] | None) ->
     plot_bounds(axis, rows, head, lowest / 10)
     axis.set(yscale="log", ylim=(lowest, highest), xlabel="width of the backbone" if head else "width d")
     axis.set(ylabel="mean squared error, fresh draws", title="Theorem 1: width decides")
-    axis.legend(fontsize="small", loc="best")
+    legend_below(axis)
+
+
+def legend_below(axis: Any) -> None:
+    """Under the axis, where it hides nothing."""
+    axis.legend(fontsize="small", loc="upper center", bbox_to_anchor=(0.5, -0.12), ncols=2)
 
 
 def plot_bounds(axis: Any, rows: Sequence[Row], head: tuple[int, int] | None, lowest: float) -> None:
@@ -78,9 +84,10 @@ def plot_bounds(axis: Any, rows: Sequence[Row], head: tuple[int, int] | None, lo
     begin, end = widths[0] - margin, widths[-1] + margin
     line = [begin + (end - begin) * k / 1000 for k in range(1001)]
     dimensions = sorted({row.channels for row in rows})
-    for n in dimensions:
+    for number, n in enumerate(dimensions):
+        colour = "k" if len(dimensions) == 1 else f"C{number}"
         bounds = [max(lowest, 1 - (head[0] if head else width) / n) for width in line]
-        axis.plot(line, bounds, "k--", linewidth=1, label=f"bound (n - d)/n, n = {n}")
+        axis.plot(line, bounds, "--", color=colour, linewidth=1, label=f"bound (n - d)/n, n = {n}")
         if len(dimensions) == 1:
             axis.fill_between(line, bounds, lowest, color="0.9", label="out of reach")
     axis.set(xlim=(begin, end), xticks=widths)
@@ -109,7 +116,8 @@ def plot_curves(axis: Any, rows: Sequence[Row]) -> None:
         if row.bound > 0:
             axis.axhline(row.bound, color=f"C{number % 10}", linewidth=0.8, linestyle="--")
     axis.set(yscale="log", xlabel="step", ylabel="training loss (window mean)", title="dashed: the bound")
-    axis.legend(fontsize="small", ncols=1 + len(rows) // 8, loc="best")
+    if len(rows) <= MOST_NAMED:
+        legend_below(axis)
 
 
 def draw_samples(generated: Sequence[Generated], path: Path) -> None:
