@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from raecli.cli import evaluate_compare, evaluate_reconstruction, evaluate_write
+from raecli.cli import probe as latent_probe
 from raecli.cli.options import DevicesOpt, DryRunOpt, JsonOpt, NnodesOpt, NodeRankOpt, RdzvOpt
 
 if TYPE_CHECKING:
@@ -245,3 +246,5 @@ def launch(recipe: "EvaluateRecipe", options: "LaunchOptions", dry_run: bool) ->
 
 
 app.command("reconstruction")(evaluate_reconstruction.reconstruction)
+app.command("probe")(latent_probe.probe)
+app.command("tsne")(latent_probe.tsne)

@@ -228,7 +228,11 @@ class EvaluateRecipe(Spec):
 
 
 class OverfitToyRecipe(Spec):
-    """Theorem 1 on one latent: a loss for each width, beside its bound. Sec. 4.1, App. G."""
+    """Theorem 1 on one latent: a loss for each width, beside its bound. Sec. 4.1, App. G.
+
+    The latents: of `images` by the autoencoder, else by the encoder, else by a vision transformer of DINOv2's layout
+    and random weights; with no images, tokens drawn at random.
+    """
 
     stage: Literal["overfit-toy"]
     preset: Literal["tiny", "small", "paper-cpu", "paper"]
@@ -236,8 +240,12 @@ class OverfitToyRecipe(Spec):
     depths: tuple[Count, ...] = Field(min_length=1)
     heads: Count | None = None  # attention heads at most; None: width / 64, at least 1
     head: tuple[Count, Count] | None = None  # DDT head: width, depth
-    channels: Count  # n
+    channels: tuple[Count, ...] = Field(min_length=1)  # n, of each model to be held against each width
     tokens: Count  # N, a square number
+    images: tuple[str, ...] = ()  # each is overfitted by models of its own
+    image_size: Count = 56  # pixels a side of an image's centre crop
+    encoder: EncoderSpec | None = None
+    autoencoder: str | None = None  # encodes, and decodes what was generated
     batch_size: Count
     steps: Count
     learning_rate: Positive
@@ -245,7 +253,8 @@ class OverfitToyRecipe(Spec):
     time_shift: Positive
     evaluation_draws: int = Field(ge=2)  # of (t, noise), for the mean and its standard error
     sample_steps: Count  # of Euler
-    seeds: tuple[int, ...] = Field(min_length=1)  # each has its own latent, weights and noise
+    seeds: tuple[int, ...] = Field(min_length=1)  # each has its own weights and noise, and its own random encoder
+    grid: bool = False  # end with a table of width against channels: Table 3
     output: str
     print_json: bool = False  # the report on stdout, the table on stderr
 

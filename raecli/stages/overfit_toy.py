@@ -1,6 +1,7 @@
 """Theorem 1 on one latent: a diffusion transformer for each width, its loss beside its bound. Sec. 4.1, App. G.
 
-Reads nothing: the latent is drawn. Writes OUT/report.json, and OUT/figure.png where matplotlib is installed.
+Reads images (or draws tokens); writes OUT/report.json, and where matplotlib is installed OUT/figure.png,
+OUT/samples.png, and OUT/depth.png of several depths.
 """
 
 import json
@@ -9,6 +10,7 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -16,58 +18,54 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from raecli.errors import ExitCode, NonFiniteError, RaeError
+from raecli.data.preprocess import center_crop, decode_rgb
+from raecli.errors import InputError, NonFiniteError
+from raecli.evaluation.toy import (
+    COLUMNS,
+    TIME_EDGES,
+    Row,
+    aligned,
+    breaches,
+    check,
+    grid_lines,
+    mean_lines,
+    means,
+    table_line,
+    verdict_of,
+)
+from raecli.evaluation.toy_figures import Generated, draw_figures
 from raecli.flow.bound import certificate, tail_bound, unremoved_noise, width_bound
 from raecli.flow.path import flow_loss, noisy_latents
 from raecli.flow.sampler import sample
 from raecli.flow.time import training_time
+from raecli.models.autoencoder import Autoencoder
+from raecli.models.build import encoder_of
 from raecli.models.dit import DiT, DiTDH, parameter_count
+from raecli.models.load import load_autoencoder
+from raecli.models.random_encoder import random_encoder
 from raecli.recipe.recipes import OverfitToyRecipe
-from raecli.store.atomic import atomic_file, write_json
+from raecli.store.atomic import write_json
 from raecli.training.distributed import Ranks
 
-LATENT = "a synthetic token map (LayerNorm of Gaussian noise); the bound does not depend on the latent"
-NEAR = 0.06  # excess of a trained model; .048 is the most seen, at d = n = 64, the slowest case
 SAMPLES = 64  # generated latents a job
+SHOWN = 3  # of them in the picture
 CURVE_POINTS = 100
 WIDE = 384  # from here the matrix products of a step are worth more than one thread
-ERRORS_ALLOWED = 4  # standard errors: by chance 1 mean in 30,000 lies further below its expectation
-ROUNDING = 1e-6  # of the certificate: a float32 layer in float64 algebra
 
 
 @dataclass(frozen=True)
 class Job:
-    """One model to train. Different seeds have different latents, weights and noise."""
+    """One model to train. Different seeds have different weights, noise, and random encoders."""
 
     width: int
     depth: int
+    channels: int
+    image: str | None
     seed: int
-
-
-@dataclass(frozen=True)
-class Row:
-    """What was found for one job. Losses and errors are a channel's mean square."""
-
-    width: int
-    depth: int
-    seed: int
-    output_width: int  # d, what the bound knows of the model: the head's width where there is a head
-    bound: float  # (n - d) / n
-    tail_bound: float  # the sharper one, for many tokens
-    certificate: float  # the floor under this trained output layer
-    loss: float  # of fresh draws after training
-    standard_error: float
-    excess: float  # loss - bound
-    sample_error: float  # mean ||z_0 - x||^2 / n
-    unremoved_noise: float  # the part of it outside the output layer's reach
-    verdict: str
-    parameters: int
-    seconds: float
-    training_curve: list[tuple[int, float]]  # (step, mean training loss since the last point): never held to the bound
 
 
 def run(recipe: OverfitToyRecipe, ranks: Ranks) -> None:
-    """Train every (width, depth, seed), jobs dealt out to ranks in turn; report, draw, and check the theorem."""
+    """Train every (channels, depth, width, image, seed), dealt out to ranks; report, draw, and check the theorem."""
     folder = Path(recipe.output)
     folder.mkdir(parents=True, exist_ok=True)
     limit_threads(recipe)
@@ -75,22 +73,30 @@ def run(recipe: OverfitToyRecipe, ranks: Ranks) -> None:
     if ranks.is_main:
         print(heading(recipe), file=screen, flush=True)
     ranks.barrier()
-    rows = []
+    found = []
     for job in jobs_of(recipe)[ranks.rank :: ranks.world]:
-        rows.append(measure(job, recipe, ranks))
-        print(table_line(rows[-1]), file=screen, flush=True)
-    rows = sorted(
-        (row for part in ranks.gather(rows) for row in part), key=lambda row: (row.depth, row.width, row.seed)
-    )
+        found.append(measure(job, recipe, ranks))
+        print(table_line(found[-1][0], number_of(job, recipe)), file=screen, flush=True)
+    found = in_order([pair for part in ranks.gather(found) for pair in part], jobs_of(recipe))
     if ranks.is_main:
-        report = {"latent": LATENT, "breaches": breaches(rows), "rows": [asdict(row) for row in rows]}
-        report |= {"torch": torch.__version__, "device": ranks.device.type, "recipe": recipe.to_dict()}
-        write_json(folder / "report.json", report)
-        figure = draw_figure(rows, recipe, folder / "figure.png")
-        print(f"report: {folder / 'report.json'}{figure}", file=screen, flush=True)
+        rows = [row for row, _ in found]
+        for line in [*mean_lines(rows), *(grid_lines(rows) if recipe.grid else [])]:
+            print(line, file=screen)
+        report = write_report(rows, recipe, ranks.device)
+        drawn = draw_figures(rows, [generated for _, generated in found if generated], recipe.head, folder)
+        print(f"report: {folder / 'report.json'}{drawn}", file=screen, flush=True)
         if recipe.print_json:
             print(json.dumps(report, indent=2), flush=True)
         check(rows)
+
+
+def write_report(rows: list[Row], recipe: OverfitToyRecipe, device: torch.device) -> dict[str, Any]:
+    """report.json: what was overfitted, every row, their means, and what contradicts the theorem."""
+    report = {"latent": latent_in_words(recipe), "breaches": breaches(rows), "means": means(rows)}
+    report |= {"rows": [asdict(row) for row in rows], "time_edges": TIME_EDGES}
+    report |= {"torch": torch.__version__, "device": device.type, "recipe": recipe.to_dict()}
+    write_json(Path(recipe.output) / "report.json", report)
+    return report
 
 
 def limit_threads(recipe: OverfitToyRecipe) -> None:
@@ -101,23 +107,44 @@ def limit_threads(recipe: OverfitToyRecipe) -> None:
 
 def jobs_of(recipe: OverfitToyRecipe) -> list[Job]:
     """All jobs, narrow and shallow ones first."""
-    return [Job(width, depth, seed) for depth in recipe.depths for width in recipe.widths for seed in recipe.seeds]
+    return [
+        Job(width, depth, channels, image, seed)
+        for channels in recipe.channels
+        for depth in recipe.depths
+        for width in recipe.widths
+        for image in recipe.images or (None,)
+        for seed in recipe.seeds
+    ]
 
 
-def measure(job: Job, recipe: OverfitToyRecipe, ranks: Ranks) -> Row:
-    """Train one model on one latent, then judge it by fresh draws, by its output layer, and by what it generates."""
+def number_of(job: Job, recipe: OverfitToyRecipe) -> int:
+    """Which image of the recipe's, from 1; 0: none."""
+    return recipe.images.index(job.image) + 1 if job.image else 0
+
+
+def in_order(found: list[tuple[Row, Generated | None]], jobs: list[Job]) -> list[tuple[Row, Generated | None]]:
+    """What all ranks found, in the order of the jobs."""
+    place = {job: number for number, job in enumerate(jobs)}
+    return sorted(found, key=lambda pair: place[Job(*(getattr(pair[0], name) for name in Job.__dataclass_fields__))])
+
+
+def measure(job: Job, recipe: OverfitToyRecipe, ranks: Ranks) -> tuple[Row, Generated | None]:
+    """Train one model on one latent, then judge it by fresh draws, by its output layer, and by what it generates.
+
+    Also what the picture shows of it: one model for each size.
+    """
     started = time.monotonic()
-    latents = make_latents(recipe, job.seed).to(ranks.device)  # [1, n, side, side]
+    latents = make_latents(job, recipe).to(ranks.device)  # [1, n, side, side]
     model = build_model(job, recipe).to(ranks.device)
     curve = train(model, latents, job, recipe, show=ranks.is_main)
-    losses = evaluate(model, latents, job, recipe)
+    losses, times = evaluate(model, latents, job, recipe)
     samples = generate(model, latents, job, recipe)
     tokens = tokens_of(latents)[0].cpu()  # [N, n]
     weight, bias = model.final.linear.weight.cpu(), model.final.linear.bias.cpu()
     output_width = recipe.head[0] if recipe.head else job.width
-    bound, floor = width_bound(recipe.channels, output_width), tail_bound(tokens, output_width)
+    bound, floor = width_bound(job.channels, output_width), tail_bound(tokens, output_width)
     loss, error = float(losses.mean()), float(losses.std() / math.sqrt(len(losses)))
-    return Row(
+    row = Row(
         **asdict(job),
         output_width=output_width,
         bound=bound,
@@ -126,6 +153,7 @@ def measure(job: Job, recipe: OverfitToyRecipe, ranks: Ranks) -> Row:
         loss=loss,
         standard_error=error,
         excess=loss - bound,
+        loss_by_time=by_time(losses, times),
         sample_error=float((samples.double() - tokens.double()).square().mean()),
         unremoved_noise=unremoved_noise(weight, tokens, samples),
         verdict=verdict_of(floor, loss),
@@ -133,6 +161,8 @@ def measure(job: Job, recipe: OverfitToyRecipe, ranks: Ranks) -> Row:
         seconds=round(time.monotonic() - started, 2),
         training_curve=curve,
     )
+    first = job.image in (None, *recipe.images[:1]) and job.seed == recipe.seeds[0]
+    return row, picture_of(job, row, tokens, samples[:SHOWN], recipe) if first else None
 
 
 def generator_of(seed: int, purpose: str, device: torch.device) -> torch.Generator:
@@ -141,12 +171,60 @@ def generator_of(seed: int, purpose: str, device: torch.device) -> torch.Generat
     return torch.Generator(device).manual_seed(seed * len(purposes) + purposes.index(purpose))
 
 
-def make_latents(recipe: OverfitToyRecipe, seed: int) -> Tensor:
-    """One latent to overfit, float32 [1, n, side, side]: tokens of mean 0, variance 1, as an encoder's."""
+def make_latents(job: Job, recipe: OverfitToyRecipe) -> Tensor:
+    """The latent to overfit, float32 [1, n, side, side], tokens of mean 0 and variance 1 but for an autoencoder's."""
     side = math.isqrt(recipe.tokens)
-    noise = torch.randn(1, recipe.tokens, recipe.channels, generator=generator_of(seed, "latent", torch.device("cpu")))
-    tokens = nn.functional.layer_norm(noise, (recipe.channels,))
-    return tokens.transpose(1, 2).unflatten(2, (side, side)).contiguous()
+    generator = generator_of(job.seed, "latent", torch.device("cpu"))
+    if job.image is None:
+        noise = torch.randn(1, recipe.tokens, job.channels, generator=generator)
+        tokens = nn.functional.layer_norm(noise, (job.channels,))
+        return tokens.transpose(1, 2).unflatten(2, (side, side)).contiguous()
+    image = read_image(job.image, recipe.image_size)
+    if recipe.autoencoder:
+        latents = autoencoder_at(recipe.autoencoder).encode(image)
+    else:
+        with torch.no_grad():
+            encoder = encoder_of(recipe.encoder) if recipe.encoder else None
+            encoder = encoder or random_encoder(job.channels, tokens_side=side, seed=generator.initial_seed())
+            latents = encoder(image)
+    if latents.shape != (1, job.channels, side, side):
+        raise InputError(f"{job.image}: latents are {tuple(latents.shape)}, expected {(1, job.channels, side, side)}")
+    return latents.clone()  # out of inference mode
+
+
+def read_image(path: str, size: int) -> Tensor:
+    """An image's centre crop, float [1, 3, size, size] in [0, 1]."""
+    pixels = center_crop(decode_rgb(Path(path).read_bytes(), path), size)
+    return torch.from_numpy(pixels.copy()).permute(2, 0, 1)[None].float() / 255
+
+
+@cache
+def autoencoder_at(path: str) -> Autoencoder:
+    """The autoencoder, loaded once for all jobs."""
+    return load_autoencoder(path)
+
+
+def picture_of(job: Job, row: Row, tokens: Tensor, samples: Tensor, recipe: OverfitToyRecipe) -> Generated:
+    """What the picture shows of a model: the target [N, n] and samples [SHOWN, N, n], decoded where we can."""
+    if not recipe.autoencoder:
+        return Generated(row, tokens, samples, None)
+    side = math.isqrt(recipe.tokens)
+    maps = torch.cat([tokens[None], samples]).transpose(1, 2).unflatten(2, (side, side))
+    return Generated(row, tokens, samples, autoencoder_at(recipe.autoencoder).decode(maps.float()))
+
+
+def latent_in_words(recipe: OverfitToyRecipe) -> str:
+    """What is overfitted, for table and report."""
+    if not recipe.images:
+        return "tokens drawn at random (LayerNorm of Gaussian noise), no image; the bound does not depend on the latent"
+    images = ", ".join(f"{number}: {path}" for number, path in enumerate(recipe.images, start=1))
+    if recipe.autoencoder:
+        how = f"normalised latents of the autoencoder {recipe.autoencoder}"
+    elif recipe.encoder:
+        how = f"by the encoder {recipe.encoder.name}"
+    else:
+        how = "by a vision transformer of DINOv2's layout with random weights (no trained ones were named: --encoder)"
+    return f"image {images}; centre crop of {recipe.image_size} x {recipe.image_size} pixels, {how}"
 
 
 def tokens_of(latents: Tensor) -> Tensor:
@@ -165,7 +243,7 @@ def heads_of(width: int, at_most: int | None) -> int:
 def build_model(job: Job, recipe: OverfitToyRecipe) -> DiT | DiTDH:
     """The transformer of a job, its weights drawn on the CPU from the job's seed."""
     sizes: dict[str, int] = {
-        "in_channels": recipe.channels,
+        "in_channels": job.channels,
         "input_size": math.isqrt(recipe.tokens),
         "width": job.width,
         "depth": job.depth,
@@ -233,12 +311,20 @@ def learning_rate(step: int, recipe: OverfitToyRecipe) -> float:
 
 
 @torch.inference_mode()
-def evaluate(model: nn.Module, latents: Tensor, job: Job, recipe: OverfitToyRecipe) -> Tensor:
-    """Losses of draws the model was not trained on, float64 [evaluation_draws or a few more]."""
+def evaluate(model: nn.Module, latents: Tensor, job: Job, recipe: OverfitToyRecipe) -> tuple[Tensor, Tensor]:
+    """Losses of draws the model was not trained on, and their times: float64 [evaluation_draws or a few more]."""
     size = min(recipe.evaluation_draws, 4 * recipe.batch_size)
     count = math.ceil(recipe.evaluation_draws / size)
     batches = draws(latents, count, size, "evaluation", job, recipe.time_shift)
-    return torch.cat([losses_at(model, latents, t, noise).double().cpu() for t, noise in batches])
+    found = [(losses_at(model, latents, t, noise).double().cpu(), t.double().cpu()) for t, noise in batches]
+    return torch.cat([losses for losses, _ in found]), torch.cat([times for _, times in found])
+
+
+def by_time(losses: Tensor, times: Tensor) -> list[float | None]:
+    """Mean loss of the draws in each bin of time; None: no draw fell there."""
+    bins = torch.bucketize(times, torch.tensor(TIME_EDGES, dtype=times.dtype))
+    means = (losses[bins == number].mean() for number in range(len(TIME_EDGES) + 1))
+    return [None if math.isnan(mean) else float(mean) for mean in means]
 
 
 def generate(model: nn.Module, latents: Tensor, job: Job, recipe: OverfitToyRecipe) -> Tensor:
@@ -249,46 +335,13 @@ def generate(model: nn.Module, latents: Tensor, job: Job, recipe: OverfitToyReci
     return tokens_of(sample(model, noise, labels, steps=recipe.sample_steps, time_shift=recipe.time_shift)).cpu()
 
 
-def verdict_of(floor: float, loss: float) -> str:
-    """What the reader may conclude."""
-    if loss - floor > NEAR:
-        return "not converged yet"
-    return "cannot be trained away" if floor > 0 else "converged"
-
-
-def breaches(rows: list[Row]) -> list[str]:
-    """Rows that contradict the theorem, each with its evidence: our bug, if there is one."""
-    found = []
-    for row in rows:
-        who = f"width {row.width} (output {row.output_width}), depth {row.depth}, seed {row.seed}"
-        if not row.certificate >= row.tail_bound - ROUNDING:
-            found.append(f"{who}: certificate {row.certificate:.9f} is below the bound {row.tail_bound:.9f}")
-        if not row.loss + ERRORS_ALLOWED * row.standard_error >= row.tail_bound:
-            loss = f"{row.loss:.6f} +- {row.standard_error:.6f}"
-            found.append(f"{who}: loss {loss} is over {ERRORS_ALLOWED} s.e. below the bound {row.tail_bound:.6f}")
-    return found
-
-
-def check(rows: list[Row]) -> None:
-    """Fail, as a bug, where the theorem is contradicted."""
-    found = breaches(rows)
-    if found:
-        error = RaeError(
-            "\n  ".join(["Theorem 1 is contradicted, so this program has a bug; please report it", *found])
-        )
-        error.exit_code = ExitCode.BUG
-        raise error
-
-
-COLUMNS = ("width", "depth", "seed", "d", "bound", "certificate", "loss +- s.e.", "excess", "sample error", "verdict")
-SIZES = (5, 5, 4, 4, 7, 11, 18, 7, 12, 0)
-
-
 def heading(recipe: OverfitToyRecipe) -> str:
     """What is shown, and the table's first line."""
+    channels = ", ".join(str(n) for n in recipe.channels)
     return "\n".join(
         [
-            f"Theorem 1 on one latent of {recipe.tokens} tokens, n = {recipe.channels} channels: {LATENT}",
+            f"Theorem 1 on one latent of {recipe.tokens} tokens, n = {channels} channels",
+            f"latent: {latent_in_words(recipe)}",
             "d: width of the output layer; bound: (n - d)/n; certificate: the floor under the trained output layer;",
             f"loss: mean of {recipe.evaluation_draws} fresh draws after training; "
             f"sample error: of {SAMPLES} samples by {recipe.sample_steps} Euler steps",
@@ -296,73 +349,3 @@ def heading(recipe: OverfitToyRecipe) -> str:
             aligned(COLUMNS),
         ]
     )
-
-
-def table_line(row: Row) -> str:
-    """One row of the table."""
-    loss = f"{row.loss:.4f} +- {row.standard_error:.5f}"
-    numbers = [f"{row.bound:.4f}", f"{row.certificate:.4f}", loss, f"{row.excess:.4f}", f"{row.sample_error:.4f}"]
-    sizes = [str(value) for value in (row.width, row.depth, row.seed, row.output_width)]
-    return aligned((*sizes, *numbers, row.verdict))
-
-
-def aligned(cells: tuple[str, ...]) -> str:
-    """Cells to the right of their columns."""
-    return "  ".join(cell.rjust(size) for cell, size in zip(cells, SIZES, strict=True))
-
-
-def draw_figure(rows: list[Row], recipe: OverfitToyRecipe, path: Path) -> str:
-    """Loss against width beside the bound, and training curves, as the paper's Figure 3. Returns what to say of it."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        return "; no figure: matplotlib is missing (pip install 'raecli[plots]')"
-    figure = Figure(figsize=(12, 4.8), layout="constrained")
-    left, right = figure.subplots(1, 2)
-    plot_losses(left, rows, recipe)
-    plot_curves(right, rows)
-    head = f", head of width {recipe.head[0]} and depth {recipe.head[1]}" if recipe.head else ""
-    sizes = f"n = {recipe.channels}, {recipe.tokens} tokens, {recipe.steps} steps{head}"
-    figure.suptitle(f"Theorem 1 on one latent: {sizes}")
-    with atomic_file(path) as scratch:
-        figure.savefig(scratch, dpi=120, format="png")
-    return f", figure: {path}"
-
-
-def plot_losses(axis: Any, rows: list[Row], recipe: OverfitToyRecipe) -> None:
-    """Loss against width on a log axis, where a bound of 0 has no place: it falls off the axis at d = n."""
-    lowest, highest = min(row.loss for row in rows) / 2, max(2.0, *(row.loss * 1.5 for row in rows))
-    for number, depth in enumerate(sorted({row.depth for row in rows})):
-        of_depth = [row for row in rows if row.depth == depth]
-        axis.errorbar(
-            [row.width for row in of_depth],
-            [row.loss for row in of_depth],
-            yerr=[ERRORS_ALLOWED * row.standard_error for row in of_depth],
-            fmt=f"C{number}o",
-            capsize=3,
-            label=f"loss +- {ERRORS_ALLOWED} s.e., depth {depth}",
-        )
-    certified = [row for row in rows if row.certificate > 0]
-    points = [row.width for row in certified], [row.certificate for row in certified]
-    axis.plot(*points, "kx", label="certificate of the trained output layer")
-    widths = sorted({row.width for row in rows})
-    margin = (widths[-1] - widths[0]) / 12 or widths[0] / 4
-    begin, end = widths[0] - margin, widths[-1] + margin
-    line = [begin + (end - begin) * k / 1000 for k in range(1001)]
-    bounds = [max(lowest / 10, rows[0].bound if recipe.head else 1 - width / recipe.channels) for width in line]
-    axis.plot(line, bounds, "k--", label=f"bound (n - d)/n; n = {recipe.channels}")
-    axis.fill_between(line, bounds, lowest / 10, color="0.9", label="out of reach")
-    axis.set(yscale="log", xlim=(begin, end), ylim=(lowest, highest), xticks=widths)
-    axis.set(xlabel="width" + (" of the backbone" if recipe.head else " d"), ylabel="mean squared error, fresh draws")
-    axis.legend(fontsize="small", loc="upper right")
-
-
-def plot_curves(axis: Any, rows: list[Row]) -> None:
-    """Training losses over steps, window means, each with its bound in its colour."""
-    for number, row in enumerate(rows):
-        name = f"width {row.width}, depth {row.depth}" + (f", seed {row.seed}" if row.seed else "")
-        axis.plot(*zip(*row.training_curve, strict=True), color=f"C{number % 10}", linewidth=1, label=name)
-        if row.bound > 0:
-            axis.axhline(row.bound, color=f"C{number % 10}", linewidth=0.8, linestyle="--")
-    axis.set(yscale="log", xlabel="step", ylabel="training loss (window mean); dashed: bound")
-    axis.legend(fontsize="small", ncols=1 + len(rows) // 8, loc="best")

@@ -1,5 +1,7 @@
 """Theorem 1's floor, its sharper form and the certificate, held against losses worked out by linear algebra."""
 
+import math
+
 import pytest
 import torch
 
@@ -140,3 +142,22 @@ def test_the_noise_that_stays_is_the_certificate_on_average():
     weight, bias, tokens = normal(N_CHANNELS, 5), normal(N_CHANNELS, seed=1), normal(N_TOKENS, N_CHANNELS, seed=2)
     ends = cubature(N_CHANNELS)[:, None] - bias + torch.zeros_like(tokens)  # a trunk of zeros: z_0 = z_1 - b
     assert unremoved_noise(weight, tokens, ends) == pytest.approx(certificate(weight, bias, tokens), abs=EXACT)
+
+
+def test_the_printed_theorem_2_has_a_counterexample():
+    """docs/theory.md: x ~ N(0, I), f* = c(t) x with |c| <= 1, g = P f* of the paper's family: both flows agree."""
+    width, steps = 4, 4000
+    basis = torch.linalg.qr(normal(N_CHANNELS, width)).Q
+
+    def best(state, t, labels):
+        return (2 * t - 1) / ((1 - t) ** 2 + t**2) * state
+
+    def narrow(state, t, labels):
+        return best(state, t, labels) @ basis @ basis.T
+
+    times = time_grid(steps, kind="paper", time_shift=1.0)
+    noise = normal(8, N_CHANNELS, seed=1)
+    exact, found = (heun(velocity, noise, torch.zeros(8), times) for velocity in (best, narrow))
+    claimed = (1 - math.exp(-1)) * 2 * (N_CHANNELS - width)  # (1 - e^-L) / L * sum of lambda_i = 2, with L = 1
+    assert float((exact - noise).norm(dim=1).max()) < 1e-4
+    assert float((exact - found).norm(dim=1).max()) < 1e-4 < claimed

@@ -34,6 +34,7 @@ data = load_script("data")
 train_encoder = load_script("train_encoder")
 train_judges = load_script("train_judges")
 report = load_script("report")
+claims = load_script("claims")
 
 
 @pytest.fixture(scope="module")
@@ -302,3 +303,35 @@ def test_a_missing_figure_is_told_by_its_file(run, digits, capsys, file):
     assert report.main([str(run), "--data", str(digits)]) == 3
     assert file in capsys.readouterr().err
     assert not (run / "report.json").exists()
+
+
+def write_claim(run, name, seed, accuracy, fid, loss):
+    (run / f"{name}-{seed}").mkdir(parents=True)
+    (run / f"{name}-{seed}" / "metrics.jsonl").write_text(f'{{"loss": 9.0}}\n{{"loss": {loss}}}\n')
+    (run / f"{name}-{seed}-decoder-accuracy.json").write_text(json.dumps({"accuracy": accuracy}))
+    (run / f"{name}-{seed}-decoder-fid.json").write_text(json.dumps({"fid": fid}))
+
+
+def test_claims_are_averaged_over_seeds_and_kept_apart_by_model(tmp_path, capsys):
+    write_claim(tmp_path, "diffusion_narrow", 0, 0.1, 140.0, 1.2)
+    write_claim(tmp_path, "diffusion_narrow_deep", 0, 0.5, 90.0, 1.1)
+    write_claim(tmp_path, "diffusion_fast", 0, 0.9, 4.0, 0.4)
+    write_claim(tmp_path, "diffusion_fast", 1, 0.8, 6.0, 0.5)
+    (tmp_path / "decoder.json").write_text('{"fid": 0.5}')
+    (tmp_path / "decoder.txt").write_text("x: 360 images reconstructed, PSNR 30.53 dB\n")
+    assert claims.main([str(tmp_path)]) == 0
+    shown = capsys.readouterr().out.splitlines()
+    assert shown[1].split()[-4:] == ["2", "0.450", "85.0%", "5.0"]
+    assert shown[3].split()[-4:] == ["1", "1.100", "50.0%", "90.0"]
+    found = json.loads((tmp_path / "report.json").read_text())
+    assert found["models"][0]["fids"] == [4.0, 6.0]
+    assert found["decoders"] == [{"decoder": "decoder", "rfid": 0.5, "psnr": 30.53}]
+
+
+def test_claims_without_figures_or_with_a_cut_one_say_so(tmp_path, capsys):
+    assert claims.main([str(tmp_path)]) == 3
+    assert "claims.sh width" in capsys.readouterr().err
+    write_claim(tmp_path, "diffusion_fast", 0, 0.9, 4.0, 0.4)
+    (tmp_path / "diffusion_fast-0-decoder-fid.json").write_text('{"fid"')
+    assert claims.main([str(tmp_path)]) == 3
+    assert "not a whole report" in capsys.readouterr().err

@@ -73,7 +73,7 @@ def test_every_shipped_recipe_is_listed_with_its_stage_and_row(capsys):
     rows = json.loads(run(capsys, "ls", "--json"))
     assert rows == [row._asdict() for row in list_recipes()]
     assert [row["name"] for row in rows] == list(shipped_files())
-    assert len(rows) == 39
+    assert len(rows) == 45
     assert {row["stage"] for row in rows} == {"train-decoder", "train-diffusion", "sample"}
     lines = run(capsys, "ls").splitlines()
     assert len(lines) == len(rows)

@@ -89,8 +89,16 @@ GFID = {
     "dit_xl_pixels": ["51.09"],
     "dith_xl_pixels": ["30.56"],
 }
+CLAIMS = {  # recipe of shell/digits/claims.sh: the one it is held against, and all that differs
+    "diffusion_narrow_deep": ("diffusion_narrow", {"model.depth": 12}),
+    "diffusion_dh_narrow": ("diffusion_dh", {"model.head_width": 24, "model.head_heads": 2}),
+    "diffusion_shift1": ("diffusion_fast", {"flow.time_shift_base": 512}),
+    "diffusion_shift4": ("diffusion_fast", {"flow.time_shift_base": 32}),
+    "decoder_tau0": ("decoder", {"noise_tau": 0.0}),
+    "decoder_tau08": ("decoder", {"noise_tau": 0.8}),
+}
 DIGITS_DIFFUSION = [f"digits/{name}" for name in ("diffusion", "diffusion_dh", "diffusion_fast", "diffusion_narrow")]
-DIGITS = ["digits/decoder", "digits/decoder_gan", *DIGITS_DIFFUSION]
+DIGITS = ["digits/decoder", "digits/decoder_gan", *DIGITS_DIFFUSION, *(f"digits/{name}" for name in CLAIMS)]
 PAPER_DECODERS = [*DECODER_RECIPES, *DECODER_512_RECIPES, *TAU_RECIPES]
 # Appendices D, F and L, the release's scale at 256 pixels (FACTS section 3): model, autoencoder, scale, guide, figure.
 SAMPLE_RECIPES = {
@@ -120,9 +128,9 @@ def trained(module):
     return sum(parameter.numel() for parameter in module.parameters() if parameter.requires_grad)
 
 
-def test_the_shipped_recipes_are_these_thirty_nine():
+def test_the_shipped_recipes_are_these_forty_five():
     assert sorted(shipped_files()) == ALL
-    assert len(ALL) == 39
+    assert len(ALL) == 45
 
 
 @pytest.mark.parametrize("name", ALL)
@@ -365,3 +373,25 @@ def test_the_digits_diffusion_recipes_differ_in_size_and_steps_alone():
         for key in ("model", "duration", "paper", "output"):
             values.pop(key)
     assert texts["diffusion"] == texts["diffusion_fast"] == texts["diffusion_dh"]
+
+
+def flat(values, prefix=""):
+    """Keys with dots to values."""
+    items = (flat(v, f"{prefix}{k}.") if isinstance(v, dict) else {f"{prefix}{k}": v} for k, v in values.items())
+    return {key: value for part in items for key, value in part.items()}
+
+
+@pytest.mark.parametrize("name", sorted(CLAIMS))
+def test_a_claims_recipe_differs_in_what_the_claim_is_about_alone(name):
+    base, changed = CLAIMS[name]
+    load = decoder if name.startswith("decoder") else diffusion
+    ours, theirs = (flat(load(f"digits/{which}").to_dict()) for which in (name, base))
+    differing = {key: value for key, value in ours.items() if value != theirs[key]}
+    assert differing.pop("output") == f"runs/digits/{name}"
+    differing.pop("paper")
+    assert differing == changed
+
+
+@pytest.mark.parametrize(("name", "alpha"), [("diffusion_shift1", 1), ("diffusion_fast", 2), ("diffusion_shift4", 4)])
+def test_the_digits_shifts(name, alpha):
+    assert diffusion(f"digits/{name}").flow.time_shift == alpha
