@@ -5,7 +5,19 @@ from typing import Annotated
 import typer
 
 from raecli import __version__
-from raecli.cli import convert, encode_cache, evaluate, fetch, flops, overfit_toy, recipes, sample, train
+from raecli.cli import (
+    convert,
+    doctor,
+    encode_cache,
+    evaluate,
+    fetch,
+    flops,
+    inspect,
+    overfit_toy,
+    recipes,
+    sample,
+    train,
+)
 
 app = typer.Typer(
     name="rae",
@@ -44,3 +56,5 @@ app.command("convert")(convert.convert)
 app.command("fetch")(fetch.fetch)
 app.add_typer(recipes.app, name="recipes")
 app.command("flops")(flops.flops)
+app.command("doctor")(doctor.doctor)
+app.command("inspect")(inspect.inspect)
