@@ -2,14 +2,17 @@
 
 import sys
 
+from raecli.console import end_on_signals, guard_streams
 from raecli.errors import ExitCode, RaeError
 
 
 def main() -> None:
     """Run the command line; every failure a user can cause ends in one message and its exit code."""
-    from raecli.cli.app import app
-
+    guard_streams()
+    end_on_signals()
     try:
+        from raecli.cli.app import app
+
         app(prog_name="rae")
     except RaeError as error:
         print(f"error: {error}", file=sys.stderr)

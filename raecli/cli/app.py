@@ -7,10 +7,12 @@ import typer
 from raecli import __version__
 from raecli.cli import (
     convert,
+    doctor,
     encode_cache,
     evaluate,
     fetch,
     flops,
+    inspect,
     overfit_toy,
     plot,
     recipes,
@@ -60,3 +62,5 @@ app.command("convert")(convert.convert)
 app.command("fetch")(fetch.fetch)
 app.add_typer(recipes.app, name="recipes")
 app.command("flops")(flops.flops)
+app.command("doctor")(doctor.doctor)
+app.command("inspect")(inspect.inspect)

@@ -1,6 +1,7 @@
 """`rae flops`."""
 
 import json
+import math
 from typing import Annotated, Any
 
 import typer
@@ -23,10 +24,13 @@ def flops(recipe: RecipeArg, overrides: OverridesArg = None, peak: PeakOpt = 790
 
       rae flops recipes/decoder_xl_dinov2b.yaml --json
     """
+    from raecli.errors import UsageError
     from raecli.plan import cost_of
     from raecli.recipe.load import load_recipe
     from raecli.recipe.shipped import find_recipe
 
+    if not (math.isfinite(peak) and peak > 0):
+        raise UsageError(f"--peak is {peak}; it is a number of TFLOP/s above 0")
     cost = cost_of(load_recipe(None, find_recipe(recipe), overrides or ()), peak)
     typer.echo(json.dumps(cost, indent=2) if as_json else table(cost))
 

@@ -3,12 +3,13 @@
 import os
 import sys
 
+from raecli.console import guard_streams
 from raecli.stages.worker import die_with_parent, work
 
 if __name__ == "__main__":
     die_with_parent()
+    guard_streams()
     code = work(sys.argv[1], float(sys.argv[2]))
-    for stream in (sys.stdout, sys.stderr):
-        if stream:  # closed by the shell: >&-
-            stream.flush()
+    sys.stdout.flush()
+    sys.stderr.flush()
     os._exit(code)  # threads of a broken collective must not hold the process

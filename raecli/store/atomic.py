@@ -24,7 +24,9 @@ def scratch_of(path: Path) -> Path:
 
 @contextlib.contextmanager
 def atomic_file(path: Path) -> Iterator[Path]:
-    """Yield a scratch path; on success it becomes `path`, on failure it is gone."""
+    """Yield a scratch path; on success it becomes `path`, on failure it is gone. Never replaces a device or a pipe."""
+    if path.exists() and not path.is_file():
+        raise StorageError(f"{path}: is no regular file; give another name to write to")
     scratch = scratch_of(path)
     try:
         yield scratch

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import ValidationError
+from pydantic import Field, ValidationError
 
 from raecli.errors import InputError
 from raecli.recipe.blocks import Dtype, EncoderSpec, Precision
@@ -17,12 +17,15 @@ PREPROCESS: Literal["adm-center-crop"] = (
 )
 
 
+SHARD = r"[A-Za-z0-9_-]+\.tar"  # a plain name: nothing outside the folder
+
+
 class ShardRecord(Spec):
     """A finished shard."""
 
-    name: str
-    samples: int
-    bytes: int
+    name: str = Field(pattern=rf"^{SHARD}$")
+    samples: Count
+    bytes: Count
     sha256: str
 
 
