@@ -104,6 +104,7 @@ def train(
             writer.check()
             if stopping and state.step < total:
                 writer.wait()
+                ranks.barrier()  # who leaves first has the others ended: not before the state is on disk
                 raise stop.error()
 
 

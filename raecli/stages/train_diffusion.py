@@ -116,6 +116,7 @@ def train(
             writer.check()
             if stopping and state.step < total:
                 writer.wait()
+                ranks.barrier()  # who leaves first has the others ended: not before the state is on disk
                 raise stop.error()
             evaluate_if_due(state, generation, total, recipe, meter)
 
