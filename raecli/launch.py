@@ -7,6 +7,7 @@ import shlex
 import signal
 import sys
 import tempfile
+import types
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -73,6 +74,7 @@ def joined_environment(environment: Mapping[str, str]) -> dict[str, str] | None:
     """torchrun's variables if this process was started by torchrun or srun already; None if it was not."""
     told = [name for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT") if environment.get(name)]
     if len(told) == 4:
+        check_port(environment["MASTER_PORT"])
         joined = {"RANK": environment["RANK"], "WORLD_SIZE": environment["WORLD_SIZE"]}
         joined["LOCAL_RANK"] = environment.get("LOCAL_RANK", "0")
         return checked_ranks(joined)
@@ -89,9 +91,10 @@ def joined_environment(environment: Mapping[str, str]) -> dict[str, str] | None:
 def slurm_environment(environment: Mapping[str, str]) -> dict[str, str]:
     """torchrun's variables out of srun's: one task is one rank."""
     address = environment.get("MASTER_ADDR") or first_host(environment.get("SLURM_STEP_NODELIST", ""))
-    job, step = environment.get("SLURM_JOB_ID", "0"), environment.get("SLURM_STEP_ID", "0")
-    if not address or not (job + step).isdigit():
+    if not address:
         raise UsageError("started by srun, but MASTER_ADDR is not set: set it to the first node's name")
+    if environment.get("MASTER_PORT"):
+        check_port(environment["MASTER_PORT"])
     ranks = checked_ranks(
         {
             "RANK": environment["SLURM_PROCID"],
@@ -99,16 +102,29 @@ def slurm_environment(environment: Mapping[str, str]) -> dict[str, str]:
             "LOCAL_RANK": environment.get("SLURM_LOCALID", "0"),
         }
     )
-    return ranks | {
-        "MASTER_ADDR": address,
-        "MASTER_PORT": environment.get("MASTER_PORT") or str(20000 + (7 * int(job) + int(step)) % 20000),
-    }
+    return ranks | {"MASTER_ADDR": address, "MASTER_PORT": environment.get("MASTER_PORT") or slurm_port(environment)}
+
+
+def slurm_port(environment: Mapping[str, str]) -> str:
+    """A port that all tasks of a job step agree on, and two jobs on one node hardly share."""
+    job, step = environment.get("SLURM_JOB_ID", "0"), environment.get("SLURM_STEP_ID", "0")
+    if not all(number.isdecimal() and number.isascii() for number in (job, step)):
+        raise UsageError(
+            f"the environment has SLURM_JOB_ID={job!r}, SLURM_STEP_ID={step!r}: no numbers; set MASTER_PORT"
+        )
+    return str(20000 + (7 * int(job) + int(step)) % 20000)
 
 
 def first_host(nodes: str) -> str:
     """The first name of Slurm's list: gpu[03-05,9],login1 -> gpu03."""
     head = re.match(r"([^,\[]+)(?:\[([0-9]+))?", nodes)
     return head[1] + (head[2] or "") if head else ""
+
+
+def check_port(port: str) -> None:
+    """Refuse what is no port."""
+    if not (port.isdecimal() and port.isascii() and 0 < int(port) < 65536):
+        raise UsageError(f"the environment has MASTER_PORT={port!r}, which is no port: 1 to 65535")
 
 
 def checked_ranks(joined: dict[str, str]) -> dict[str, str]:
@@ -134,6 +150,7 @@ def run_elastic(command: list[str], launch: LaunchOptions) -> None:
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # the worker says what failed
     logging.getLogger("torch.distributed.launcher").setLevel(logging.CRITICAL)
     config = elastic_config(launch)
+    stop_at_once_on_a_second_interrupt()
     with tempfile.TemporaryDirectory(prefix="rae-") as folder:
         os.environ |= {"RAE_LAUNCHER": str(os.getpid()), "RAE_EXIT_CODES": folder}
         try:
@@ -145,6 +162,27 @@ def run_elastic(command: list[str], launch: LaunchOptions) -> None:
             raise error_of_signal(error.sigval, exit_codes(folder)) from None
         except (RuntimeError, OSError, TimeoutError) as error:
             raise WorkerError(f"the processes could not meet: {error}; look at --rdzv, or at the network") from None
+
+
+def stop_at_once_on_a_second_interrupt() -> None:
+    """The first INT is passed on to the workers, who save; the second one kills them, whatever they wait for."""
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+
+    def interrupt(number: int, frame: types.FrameType | None) -> None:
+        signal.signal(signal.SIGINT, kill)
+        raise SignalException("interrupted", sigval=signal.SIGINT)
+
+    def kill(number: int, frame: types.FrameType | None) -> None:
+        for worker in children():
+            os.kill(worker, signal.SIGKILL)
+
+    signal.signal(signal.SIGINT, interrupt)
+
+
+def children() -> list[int]:
+    """Processes that this one's main thread started, where Linux tells."""
+    listed = Path(f"/proc/self/task/{os.getpid()}/children")
+    return [int(child) for child in listed.read_text().split()] if listed.exists() else []
 
 
 def exit_codes(folder: str) -> dict[int, int]:
@@ -173,7 +211,7 @@ def elastic_config(launch: LaunchOptions) -> Any:
         "max_restarts": 0,
         "monitor_interval": 0.1,
         "logs_specs": DefaultLogsSpecs(log_dir=os.devnull),
-        "signals_to_handle": "SIGTERM,SIGINT,SIGHUP,SIGUSR1",
+        "signals_to_handle": "SIGTERM,SIGHUP,SIGUSR1",  # INT is ours: a second one does not wait
         "shutdown_timeout": SHUTDOWN_SECONDS,
     }
     if launch.nnodes == 1:

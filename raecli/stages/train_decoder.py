@@ -28,7 +28,8 @@ from raecli.models.load import located
 from raecli.recipe.recipes import TrainDecoderRecipe
 from raecli.recipe.spec import duration_in_steps
 from raecli.store.atomic import sha256_of
-from raecli.store.checkpoint import load_optimizer, optimizer_tensors, save_checkpoint, save_final
+from raecli.store.checkpoint import check_space, load_optimizer, optimizer_tensors, save_final
+from raecli.store.checkpoint_writer import CheckpointWriter
 from raecli.store.latent_cache import LatentCache, check_cache, open_cache
 from raecli.store.resolve import latents_config
 from raecli.store.statistics import LatentStatistics
@@ -64,14 +65,23 @@ def run(recipe: TrainDecoderRecipe, ranks: Ranks) -> None:
         crops = crop_source(recipe, cache)
         total = duration_in_steps(recipe.duration, len(crops.source.items), recipe.batch_size)
         state = begin_or_resume(recipe, crops, cache, total, ranks)
-        train(state, crops, cache, total, recipe, ranks)
+        parameters = list(state.learner.model.parameters())
+        ranks.main_first(lambda: check_space(Path(recipe.output), parameters, recipe.keep_checkpoints))
+        with CheckpointWriter(writes=ranks.is_main) as writer:
+            train(state, writer, crops, cache, total, recipe, ranks)
         if ranks.is_main:
             finish(state, recipe, cache.statistics)
         ranks.barrier()
 
 
 def train(
-    state: State, crops: CropSource, cache: LatentCache, total: int, recipe: TrainDecoderRecipe, ranks: Ranks
+    state: State,
+    writer: CheckpointWriter,
+    crops: CropSource,
+    cache: LatentCache,
+    total: int,
+    recipe: TrainDecoderRecipe,
+    ranks: Ranks,
 ) -> None:
     """The loop: crops, rate, step, figures, checkpoint."""
     stop, samples = StopRequest(ranks), len(crops.source.items)
@@ -90,8 +100,11 @@ def train(
                 validate(validation, state, meter)
             if state.step % save_every == 0 or state.step == total or stopping:
                 with meter.aside("save"):
-                    save(state, recipe, cache.statistics, ranks)
+                    save(state, writer, recipe, cache.statistics)
+            writer.check()
             if stopping and state.step < total:
+                writer.wait()
+                ranks.barrier()  # who leaves first has the others ended: not before the state is on disk
                 raise stop.error()
 
 
@@ -265,23 +278,21 @@ def config_of(state: State, recipe: TrainDecoderRecipe) -> dict[str, Any]:
     }
 
 
-def save(state: State, recipe: TrainDecoderRecipe, statistics: LatentStatistics, ranks: Ranks) -> None:
-    """Write a checkpoint, by the main rank; the others wait."""
+def save(state: State, writer: CheckpointWriter, recipe: TrainDecoderRecipe, statistics: LatentStatistics) -> None:
+    """Hand the state to the writer, who copies it and writes while training goes on. All ranks, one writes."""
     model = state.learner.model
-    if ranks.is_main:
-        adversary = state.adversary.tensors(Path(recipe.output)) if state.adversary else {}
-        save_checkpoint(
-            Path(recipe.output),
-            state.step,
-            model=model.state_dict(),
-            ema=state.ema.weights(),
-            optimizer=optimizer_tensors(model, state.optimizer) | adversary,
-            statistics=statistics,
-            state={"samples_consumed": state.step * recipe.batch_size},
-            config=config_of(state, recipe),
-            keep=recipe.keep_checkpoints,
-        )
-    ranks.barrier()
+    adversary = state.adversary.tensors(Path(recipe.output)) if state.adversary else {}
+    writer.save(
+        Path(recipe.output),
+        state.step,
+        model=model.state_dict(),
+        ema=state.ema.weights(),
+        optimizer=optimizer_tensors(model, state.optimizer) | adversary,
+        statistics=statistics,
+        state={"samples_consumed": state.step * recipe.batch_size},
+        config=config_of(state, recipe),
+        keep=recipe.keep_checkpoints,
+    )
 
 
 def finish(state: State, recipe: TrainDecoderRecipe, statistics: LatentStatistics) -> None:

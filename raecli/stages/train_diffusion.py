@@ -116,6 +116,7 @@ def train(
             writer.check()
             if stopping and state.step < total:
                 writer.wait()
+                ranks.barrier()  # who leaves first has the others ended: not before the state is on disk
                 raise stop.error()
             evaluate_if_due(state, generation, total, recipe, meter)
 
@@ -158,7 +159,7 @@ def training_flops(recipe: TrainDiffusionRecipe) -> float:
 
 def open_verified(recipe: TrainDiffusionRecipe, ranks: Ranks) -> LatentCache:
     """The cache, its shards' digests checked: each rank takes its share. Larger caches: each shard at its first use."""
-    ranks.main_first(lambda: check_cache(recipe.cache))  # what is wrong with it is told once
+    ranks.main_first(lambda: check_cache(recipe.cache, VERIFY_BYTES))  # what is wrong with it is told once
     cache = open_cache(recipe.cache, recipe.remote_cache_gb)
     numbers = range(ranks.rank, len(cache.manifest.shards), ranks.world)
     small = sum(shard.bytes for shard in cache.manifest.shards) <= VERIFY_BYTES

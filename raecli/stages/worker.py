@@ -66,9 +66,16 @@ def ended(stage: Callable[[], None]) -> int:
         return tell("error: interrupted; run the same command to go on", ExitCode.INTERRUPTED)
     except Exception as error:
         if os.environ.get("WORLD_SIZE", "1") != "1" and LOST.search(str(error)):
-            return int(ExitCode.WORKER)  # the launcher names the rank that was lost
+            if LAUNCHER in os.environ:
+                return int(ExitCode.WORKER)  # the launcher names the rank that was lost
+            return tell(f"error: another rank is lost or stalled ({first_line(error)}); resume", ExitCode.WORKER)
         return tell(traceback.format_exc(), ExitCode.BUG)
     return int(ExitCode.DONE)
+
+
+def first_line(error: Exception) -> str:
+    """Its message, without the trace of C++ that follows it."""
+    return str(error).strip().partition("\n")[0]
 
 
 def tell(text: str, code: ExitCode) -> int:

@@ -98,9 +98,18 @@ def save_checkpoint(
         write_json(scratch / STATE, {"step": step, **state, "sha256": digests})
     for name in damaged_files(folder, digests):
         raise StorageError(f"{folder / name}: reads back other bytes than were written; the disk is failing")
-    for old in checkpoint_folders(run)[keep:]:
+    for old in outdated(checkpoint_folders(run), folder, keep):
         remove_folder(old)
     return folder
+
+
+def outdated(folders: list[Path], newest: Path, keep: int) -> list[Path]:
+    """What may go once `newest` was read back: all but it and the `keep` - 1 before it; folders are the newest first.
+
+    One of a later step was found bad when the run went on; counted as one to keep, it would push a good one out.
+    """
+    position = folders.index(newest)
+    return folders[:position] + folders[position + keep :]
 
 
 def check_space(run: Path, tensors: list[Tensor], keep: int) -> None:

@@ -20,7 +20,7 @@ from raecli.store.remote import PLACE, RemoteShards, local_folder, remote_of
 from raecli.store.shards import READ_DTYPES, ShardLayout
 from raecli.store.statistics import STATISTICS, LatentStatistics, load_statistics
 from raecli.store.tensors import save_tensors
-from raecli.store.verify import shard_problems
+from raecli.store.verify import shard_problem, shard_problems, size_problem
 
 INDEX = "index.safetensors"
 VIEWS = {"center": ("latent",), "center+flip": ("latent", "flip")}
@@ -120,8 +120,8 @@ class LatentCache:
             return problems
         for number in range(len(self.manifest.shards)) if shards is None else shards:
             record = self.manifest.shards[number]
-            if sha256_of(self.folder / record.name) != record.sha256:
-                problems.append(f"{record.name}: its bytes changed since it was written (sha256 differs)")
+            if problem := shard_problem(self.folder / record.name, record, self.layout, fast=False):
+                problems.append(f"{record.name}: {problem}")
         return problems
 
 
@@ -190,8 +190,11 @@ def open_cache(path: str | Path, remote_cache_gb: float = 100.0) -> LatentCache:
     return LatentCache(folder, manifest, *read_index(folder / INDEX), remote_of(folder, remote_cache_gb))
 
 
-def check_cache(path: str | Path) -> Manifest:
-    """The checks of open_cache; returns the manifest."""
+def check_cache(path: str | Path, read_bytes: float = 0) -> Manifest:
+    """The checks of open_cache; returns the manifest.
+
+    read_bytes: where something is wrong, a cache up to this size is read whole, so that every bad file is named.
+    """
     folder = local_folder(path)
     manifest = read_manifest(folder)
     layout = ShardLayout(manifest.latent_shape, manifest.dtype, VIEWS[manifest.views])
@@ -201,8 +204,12 @@ def check_cache(path: str | Path) -> Manifest:
         found = file.stat().st_size if file.is_file() else None
         if found is None:
             problems.append(f"{record.name}: missing")
-        elif found != record.bytes or found != layout.shard_bytes(record.samples):
-            problems.append(f"{record.name}: {found} bytes, {record.bytes} expected")
+        elif found != record.bytes:
+            problems.append(f"{record.name}: {size_problem(found, record, layout)}")
+        elif found != layout.shard_bytes(record.samples):
+            problems.append(f"{record.name}: {found} bytes, which {record.samples} samples do not take")
+    if problems and not (folder / PLACE).is_file() and sum(record.bytes for record in manifest.shards) <= read_bytes:
+        problems = [f"{name}: {told}" for name, told in cache_problems(folder, manifest, fast=False)] or problems
     if problems:
         raise damaged(folder, problems)
     labels, keys = read_index(folder / INDEX)

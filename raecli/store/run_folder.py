@@ -7,7 +7,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from raecli.errors import InputError
+from raecli.errors import InputError, StorageError
 from raecli.recipe.blocks import TrackingSpec
 from raecli.recipe.load import dump_recipe, load_recipe
 from raecli.recipe.spec import Spec
@@ -87,8 +87,12 @@ class MetricsLog:
 
     def write(self, figures: dict[str, float | int]) -> None:
         """Append one line; figures hold `step`."""
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(figures) + "\n")
+        line = json.dumps(figures) + "\n"
+        try:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(line)
+        except OSError as error:  # a full disk does not know the file's name
+            raise StorageError(f"{self.path}: {len(line)} bytes could not be written ({error}); free space") from None
         others = {name: value for name, value in figures.items() if name != "step"}
         for sink in self.sinks:
             sink.write(int(figures["step"]), others)

@@ -12,6 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from raecli.errors import StorageError
+
 TORCH_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "int8": torch.int8}
 NUMPY_DTYPES = {
     "fp16": "<f2",
@@ -167,7 +169,7 @@ class ShardWriter:
     """Appends batches of samples to a new shard file, with few system calls and no copy of the numbers."""
 
     def __init__(self, path: Path, layout: ShardLayout) -> None:
-        self.layout, self.samples = layout, 0
+        self.path, self.layout, self.samples = path, layout, 0
         self.file = path.open("wb", buffering=0)
 
     def add(self, keys: Sequence[str], labels: Sequence[int], views: Sequence[Tensor]) -> list[Tensor]:
@@ -204,11 +206,24 @@ class ShardWriter:
         """All pieces, in order."""
         for start in range(0, len(pieces), WRITE_PIECES):
             some = pieces[start : start + WRITE_PIECES]
-            written = os.writev(self.file.fileno(), some)
+            try:
+                written = os.writev(self.file.fileno(), some)
+            except OSError as error:
+                raise self.refused(pieces, error) from None
             if written != sum(memoryview(piece).nbytes for piece in some):  # a signal or 2 GiB: the rest in one run
                 rest = memoryview(b"".join(some))[written:]
                 while rest:
-                    rest = rest[self.file.write(rest) :]
+                    try:
+                        rest = rest[self.file.write(rest) :]
+                    except OSError as error:
+                        raise self.refused(pieces, error) from None
+
+    def refused(self, pieces: list[bytes | np.ndarray], error: OSError) -> StorageError:
+        """What to say when the disk does not take a batch."""
+        needed = sum(memoryview(piece).nbytes for piece in pieces)
+        return StorageError(
+            f"{self.path}: {needed} more bytes could not be written ({error}); free space, then run the same command"
+        )
 
     def close(self) -> None:
         """End the tar."""

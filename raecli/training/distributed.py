@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from raecli.errors import ExitCode, RaeError, UsageError
+from raecli.errors import ExitCode, RaeError, UsageError, WorkerError
 from raecli.store.atomic import storage_error
 from raecli.store.lock import hold_folder
 
@@ -109,8 +109,21 @@ def join_ranks(timeout_seconds: float) -> Ranks:
         torch.cuda.set_device(device)
     if world > 1:
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, rank=rank, world_size=world, timeout=timedelta(seconds=timeout_seconds))
+        try:
+            dist.init_process_group(backend, rank=rank, world_size=world, timeout=timedelta(seconds=timeout_seconds))
+        except dist.DistError as error:
+            raise WorkerError(could_not_meet(rank, world, error)) from None
     return Ranks(rank, world, device)
+
+
+def could_not_meet(rank: int, world: int, error: Exception) -> str:
+    """Why a rank does not know the others: a port that is taken, ranks that never came."""
+    place = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+    reason = str(error).strip().partition("\n")[0]
+    return (
+        f"rank {rank} of {world} could not meet the others at MASTER_ADDR:MASTER_PORT {place}: {reason}; "
+        "choose a free port, and start all ranks"
+    )
 
 
 def data_parallel(model: nn.Module, ranks: Ranks) -> nn.Module:

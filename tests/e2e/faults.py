@@ -35,3 +35,22 @@ def kill_group_at(process: subprocess.Popen[str], moment: Callable[[], object]) 
     os.killpg(process.pid, signal.SIGKILL)
     process.communicate()
     assert process.returncode == -signal.SIGKILL, "it had ended already: the test would prove nothing"
+
+
+def children_of(pid: int) -> list[int]:
+    """Processes that this one started."""
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def rank_of(launcher: int, rank: int) -> int:
+    """The process of a rank."""
+    variables = {pid: Path(f"/proc/{pid}/environ").read_bytes().split(b"\0") for pid in children_of(launcher)}
+    return next(pid for pid, told in variables.items() if f"RANK={rank}".encode() in told)
+
+
+def is_alive(pid: int) -> bool:
+    """Whether a process runs (a zombie does not)."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 import raecli
 from tests.conftest import TINY_DECODER, TINY_DIFFUSION, tree
-from tests.e2e.faults import kill_group_at, start, wait_for
+from tests.e2e.faults import children_of, is_alive, kill_group_at, rank_of, start, wait_for
 
 
 def diffusion(cache, output, steps, *more):
@@ -144,25 +144,6 @@ def test_workers_end_with_their_launcher(tmp_path, cache):
     while time.monotonic() < until and any(is_alive(pid) for pid in children):
         time.sleep(0.05)
     assert not any(is_alive(pid) for pid in children)
-
-
-def rank_of(launcher: int, rank: int) -> int:
-    """The process of a rank."""
-    variables = {pid: Path(f"/proc/{pid}/environ").read_bytes().split(b"\0") for pid in children_of(launcher)}
-    return next(pid for pid, told in variables.items() if f"RANK={rank}".encode() in told)
-
-
-def children_of(pid: int) -> list[int]:
-    """Processes that this one started."""
-    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
-
-
-def is_alive(pid: int) -> bool:
-    """Whether a process runs (a zombie does not)."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except FileNotFoundError:
-        return False
 
 
 def test_a_killed_rank_ends_the_job_and_is_named(tmp_path, cache):
