@@ -13,6 +13,7 @@ from typer.main import get_command
 from raecli.cli.app import app
 from tests.conftest import REPOSITORY
 
+SYNOPSIS = ("MissingParameter", "BadParameter", "BadOptionUsage")  # what a line of running text may leave out
 PAGES = [REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").glob("*.md"))]
 
 
@@ -42,7 +43,7 @@ def commands_of(page: Path) -> list[list[str]]:
         if language != "python"
         for line in text.replace("\\\n", " ").splitlines()
     ]
-    return [shlex.split(line, comments=True)[1:] for line in lines if line.startswith("rae ")]
+    return [shlex.split(line.partition(" > ")[0], comments=True)[1:] for line in lines if line.startswith("rae ")]
 
 
 def snippets_of(page: Path) -> list[str]:
@@ -72,13 +73,13 @@ def verbs() -> dict[str, Any]:
 def examples_of(command: Any) -> list[list[str]]:
     """The examples in a command's help; what stands behind two blanks explains them."""
     lines = [line.strip() for line in inspect.cleandoc(command.help or "").splitlines()]
-    return [shlex.split(re.split(r"\s{2,}", line)[0])[1:] for line in lines if line.startswith("rae ")]
+    return [shlex.split(re.split(r"\s{2,}| > ", line)[0])[1:] for line in lines if line.startswith("rae ")]
 
 
 def parsed(words: list[str], *, whole: bool = True) -> tuple[Any, dict[str, Any]]:
     """The command that words mean, and its parameters. Raises click's UsageError for what the parser refuses.
 
-    whole=False: arguments may be missing, as in running text.
+    whole=False: values may be missing or a choice be written a|b, as in running text.
     """
     command: Any = get_command(app)
     words = list(words)
@@ -91,4 +92,9 @@ def parsed(words: list[str], *, whole: bool = True) -> tuple[Any, dict[str, Any]
         command = command.commands[name]
     if hasattr(command, "commands"):
         return command, {}
-    return command, command.make_context(command.name, words, parent=context, resilient_parsing=not whole).params
+    try:
+        return command, command.make_context(command.name, words, parent=context).params
+    except Exception as error:
+        if whole or type(error).__name__ not in SYNOPSIS:  # options are looked up before all of these
+            raise
+        return command, {}

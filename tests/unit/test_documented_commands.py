@@ -17,6 +17,7 @@ from tests.conftest import REPOSITORY
 from tests.documented import PAGES, commands_of, examples_of, parsed, spans_of, verbs
 
 TO_THE_LAUNCH = ("encode-cache", "train-decoder", "train-diffusion", "sample", "reconstruct", "overfit-toy")
+COMING = ("report",)  # named in README before it is merged; then to be deleted
 SIX = (
     "rae encode-cache --encoder dinov2-b imagenet/ latents/",
     "rae train-diffusion recipes/dith_xl.yaml",
@@ -56,9 +57,9 @@ def without_the_hub(name: str, **settings):
 
 def test_the_commands_are_found():
     found = {page.name: len(commands_of(page)) for page in PAGES}
-    assert sum(found.values()) >= 75
+    assert sum(found.values()) >= 64
     assert found["README.md"] >= 20 and found["own_data.md"] >= 9
-    assert sum(len(spans_of(page)) for page in PAGES) >= 80
+    assert sum(len(spans_of(page)) for page in PAGES) >= 75
 
 
 def test_readme_has_the_verbs_literally():
@@ -75,6 +76,9 @@ def test_readme_names_every_verb_and_every_page():
 @pytest.mark.parametrize("words", commands(), ids=" ".join)
 def test_a_documented_command_reaches_its_launch(words, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    for copied in (other for other in commands() if other[:2] == ["recipes", "cp"]):
+        command, given = parsed(copied)
+        command.callback(**given)
     launched = check(words, monkeypatch)
     assert len(launched) == (words[0] in TO_THE_LAUNCH)
 
@@ -82,7 +86,8 @@ def test_a_documented_command_reaches_its_launch(words, tmp_path, monkeypatch):
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_commands_in_running_text_are_of_known_verbs_and_options(page):
     for words in spans_of(page):
-        parsed(words, whole=False)
+        if words[0] not in COMING or words[0] in verbs():
+            parsed(words, whole=False)
 
 
 @pytest.mark.parametrize("verb", verbs())
@@ -100,10 +105,10 @@ def test_a_misspelt_option_is_refused(words):
     options = [index for index, word in enumerate(words) if word.startswith("--")]
     for index in options:
         wrong = [*words[:index], words[index].replace("--", "--x", 1), *words[index + 1 :]]
-        with pytest.raises(Exception, match="(?i)no such option"):
-            parsed(wrong)
-        with pytest.raises(Exception, match="(?i)no such option"):
-            parsed(wrong, whole=False)
+        for whole in (True, False):
+            with pytest.raises(Exception) as refused:
+                parsed(wrong, whole=whole)
+            assert type(refused.value).__name__ == "NoSuchOption"
 
 
 def test_a_misspelt_verb_recipe_or_key_is_refused(tmp_path, monkeypatch):
