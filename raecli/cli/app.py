@@ -21,15 +21,21 @@ from raecli.cli import (
     train,
     verify,
 )
+from raecli.cli.options import CONTEXT, list_whole_sentences
 
 app = typer.Typer(
     name="rae",
     help="Representation Autoencoders, and the diffusion transformers trained on them.\n\n"
-    "images -> encode-cache -> train-decoder, train-diffusion -> sample -> eval",
+    "images -> encode-cache -> train-decoder, train-diffusion -> sample -> eval\n\n"
+    "Examples:\n\n"
+    "  rae encode-cache --encoder dinov2-b imagenet/ latents/\n\n"
+    "  rae train-diffusion recipes/dith_xl.yaml\n\n"
+    "  rae eval fid samples/ --ref adm_ref.npz\n\n"
+    "  rae overfit-toy --width 384..896",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
-    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
+    context_settings=CONTEXT,
 )
 
 
@@ -55,7 +61,7 @@ app.command("train-decoder")(train.train_decoder)
 app.command("train-diffusion")(train.train_diffusion)
 app.command("sample")(sample.sample)
 app.command("reconstruct")(reconstruct.reconstruct)
-app.add_typer(evaluate.app, name="eval")
+app.add_typer(evaluate.app, name="eval", short_help="Measure samples against a reference, as the ADM evaluator does.")
 app.command("overfit-toy")(overfit_toy.overfit_toy)
 app.command("plot")(plot.plot)
 app.command("convert")(convert.convert)
@@ -64,3 +70,4 @@ app.add_typer(recipes.app, name="recipes")
 app.command("flops")(flops.flops)
 app.command("doctor")(doctor.doctor)
 app.command("inspect")(inspect.inspect)
+list_whole_sentences(app)

@@ -8,7 +8,16 @@ import typer
 
 from raecli.cli import evaluate_compare, evaluate_reconstruction, evaluate_write
 from raecli.cli import probe as latent_probe
-from raecli.cli.options import DevicesOpt, DryRunOpt, JsonOpt, NnodesOpt, NodeRankOpt, RdzvOpt
+from raecli.cli.options import (
+    CONTEXT,
+    DevicesOpt,
+    DryRunOpt,
+    JsonOpt,
+    NnodesOpt,
+    NodeRankOpt,
+    RdzvOpt,
+    list_whole_sentences,
+)
 
 if TYPE_CHECKING:
     from raecli.launch import LaunchOptions
@@ -18,12 +27,16 @@ COLLECTIVE_SECONDS = 3600.0  # ranks meet once a set of images; slices are equal
 
 app = typer.Typer(
     name="eval",
-    help="Measure samples against a reference, as the ADM evaluator does; compare two reports.",
+    help="Measure samples against a reference, as the ADM evaluator does; compare two reports.\n\n"
+    "Examples:\n\n"
+    "  rae eval fid samples/ --ref adm_ref.npz\n\n"
+    "  rae eval reconstruction imagenet/val recon/\n\n"
+    "  rae eval compare monday.json tuesday.json",
     no_args_is_help=True,
     rich_markup_mode=None,
     add_completion=False,
     pretty_exceptions_enable=False,
-    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
+    context_settings=CONTEXT,
 )
 
 SamplesArg = Annotated[
@@ -248,3 +261,4 @@ def launch(recipe: "EvaluateRecipe", options: "LaunchOptions", dry_run: bool) ->
 app.command("reconstruction")(evaluate_reconstruction.reconstruction)
 app.command("probe")(latent_probe.probe)
 app.command("tsne")(latent_probe.tsne)
+list_whole_sentences(app)

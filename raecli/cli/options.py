@@ -1,8 +1,21 @@
-"""Options that several verbs share."""
+"""What several verbs share: options, and how their help is laid out."""
 
+import inspect
+import re
 from typing import Annotated
 
 import typer
+
+CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 110}
+
+
+def list_whole_sentences(app: typer.Typer) -> None:
+    """Have an app's list of commands show the first sentence of each whole; click cuts what is longer than a line."""
+    for command in app.registered_commands:
+        text = inspect.cleandoc(command.help or inspect.getdoc(command.callback) or "")
+        paragraph = " ".join(text.partition("\n\n")[0].split())
+        command.short_help = re.split(r"(?<=\.) (?=[A-Z])", paragraph)[0]
+
 
 DevicesOpt = Annotated[
     int | None, typer.Option("--devices", help="Processes on this machine [default: every GPU, or 1 on a CPU].")

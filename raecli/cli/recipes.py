@@ -6,15 +6,17 @@ from typing import Annotated
 
 import typer
 
-from raecli.cli.options import JsonOpt
+from raecli.cli.options import CONTEXT, JsonOpt, list_whole_sentences
 
 app = typer.Typer(
     name="recipes",
-    help="List, show, copy and check recipes.",
+    help="List, show, copy and check recipes.\n\n"
+    "Examples:\n\n  rae recipes ls\n\n  rae recipes cp dith_s mine.yaml\n\n  rae recipes validate mine.yaml cache=latents/mine",
     no_args_is_help=True,
     rich_markup_mode=None,
     add_completion=False,
     pretty_exceptions_enable=False,
+    context_settings=CONTEXT,
 )
 
 NameArgument = Annotated[str, typer.Argument(metavar="NAME", help="A shipped recipe: dith_xl, digits/decoder.")]
@@ -22,7 +24,14 @@ NameArgument = Annotated[str, typer.Argument(metavar="NAME", help="A shipped rec
 
 @app.command("ls")
 def list_shipped(as_json: JsonOpt = False) -> None:
-    """List the shipped recipes: name, stage, row of the paper."""
+    """List the shipped recipes: name, stage, row of the paper.
+
+    Examples:
+
+      rae recipes ls
+
+      rae recipes ls --json
+    """
     from raecli.recipe.shipped import list_recipes
 
     rows = list_recipes()
@@ -37,7 +46,12 @@ def list_shipped(as_json: JsonOpt = False) -> None:
 
 @app.command("show")
 def show(name: NameArgument) -> None:
-    """Print a recipe as it is written, comments included."""
+    """Print a recipe as it is written, comments included.
+
+    Example:
+
+      rae recipes show dith_xl
+    """
     from raecli.recipe.shipped import find_shipped, read_text
 
     typer.echo(read_text(find_shipped(name)), nl=False)
@@ -49,7 +63,14 @@ def copy(
     destination: Annotated[str, typer.Argument(metavar="[DEST]", help="A file or a folder [default: here].")] = ".",
     force: Annotated[bool, typer.Option("--force", help="Overwrite a file that is there.")] = False,
 ) -> None:
-    """Copy a shipped recipe here, or to DEST, to edit it."""
+    """Copy a shipped recipe here, or to DEST, to edit it.
+
+    Examples:
+
+      rae recipes cp dith_s
+
+      rae recipes cp digits/diffusion mine.yaml
+    """
     from raecli.errors import UsageError
     from raecli.recipe.shipped import find_shipped, read_text
     from raecli.store.atomic import write_text
@@ -75,6 +96,12 @@ def validate(
     """Check recipes and tell all that is wrong with them.
 
     The KEY=VALUE overrides hold for every one.
+
+    Examples:
+
+      rae recipes validate mine.yaml
+
+      rae recipes validate dith_s dith_xl batch_size=256
     """
     from raecli.errors import UsageError
     from raecli.recipe.load import load_recipe
@@ -98,3 +125,6 @@ def validate(
 def is_override(word: str) -> bool:
     """key=value, unless a file of that very name is there."""
     return "=" in word and not Path(word).exists()
+
+
+list_whole_sentences(app)

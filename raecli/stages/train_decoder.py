@@ -151,7 +151,7 @@ def share_of(step: int, recipe: TrainDecoderRecipe, ranks: Ranks) -> range:
 def latents_of(cache: LatentCache, crops: CropSource, recipe: TrainDecoderRecipe) -> dict[str, Any]:
     """What the decoder has to remember: the latents, the images it learned from, and the networks that judged it."""
     latents = latents_config(cache.manifest) | {"images_sha256": crops.source.fingerprint()}
-    if recipe.loss.perceptual_weights:
+    if recipe.loss.perceptual != "none" and recipe.loss.perceptual_weights:
         latents["perceptual_sha256"] = sha256_of(Path(recipe.loss.perceptual_weights))
     if recipe.adversarial:
         latents["discriminator_sha256"] = sha256_of(find_backbone(recipe.adversarial.backbone))
