@@ -10,7 +10,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from raecli.errors import CheckpointError
-from raecli.store.encoder_config import IMAGENET, read_json
+from raecli.store.encoder_config import IMAGENET
+from raecli.store.json_file import read_json
 from raecli.store.statistics import VARIANCE_EPS, LatentStatistics
 
 CLASS, WEIGHTS, CONFIG = "AutoencoderRAE", "diffusion_pytorch_model.safetensors", "config.json"

@@ -12,8 +12,8 @@ from raecli.models.load import located
 from raecli.recipe.blocks import EncoderSpec
 from raecli.store.artifact import artifact_folder
 from raecli.store.checkpoint import CONFIG
-from raecli.store.encoder_config import read_json
 from raecli.store.encoders import resolve_encoder
+from raecli.store.json_file import read_json
 from raecli.store.manifest import tuples
 
 FOLDER = "encoder"  # inside an artifact

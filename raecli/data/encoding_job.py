@@ -1,6 +1,5 @@
 """The work of `rae encode-cache`: which images go to which shard, and what of it is done by now."""
 
-import json
 import random
 import shutil
 from collections.abc import Iterable, Iterator
@@ -15,6 +14,7 @@ from raecli.data.order import permutation
 from raecli.errors import InputError, StorageError, UsageError
 from raecli.recipe.recipes import EncodeCacheRecipe
 from raecli.store.atomic import sha256_of, sweep_scratch, write_json
+from raecli.store.json_file import read_json
 from raecli.store.latent_cache import VIEWS
 from raecli.store.lock import Claims
 from raecli.store.manifest import MANIFEST, Manifest, differing_fields, encoder_identity, read_manifest
@@ -95,7 +95,7 @@ def prepare_output(job: Job, *, alone: bool) -> None:
         plan = {key: value for key, value in plan.items() if key not in UNRECORDED}
         found = identity | {key: getattr(manifest, key) for key in plan if not key.startswith("encoder.")}
     elif (job.output / PLAN).exists():
-        found = json.loads((job.output / PLAN).read_text(encoding="utf-8"))
+        found = read_json(job.output / PLAN)
     if found is not None and found != plan:
         fields = "".join(f"\n  {field}" for field in differing_fields(found, plan))
         raise InputError(f"{job.output}: holds another cache; choose another folder or delete it{fields}")
@@ -126,8 +126,8 @@ def is_finished(job: Job, shard: int, manifest: Manifest | None) -> bool:
     if not (job.record_file(shard).is_file() and job.sums_file(shard).is_file() and file.is_file()):
         return False
     try:
-        return sha256_of(file) == json.loads(job.record_file(shard).read_text(encoding="utf-8"))["sha256"]
-    except (ValueError, KeyError, TypeError):  # a damaged record: the shard is made anew
+        return sha256_of(file) == read_json(job.record_file(shard))["sha256"]
+    except (InputError, KeyError):  # a damaged record: the shard is made anew
         return False
 
 

@@ -58,6 +58,12 @@ def open_images(source: str | Path) -> ImageSource:
     if not path.is_dir():
         raise InputError(f"{path}: no such folder of images (class folders, a flat folder, or WebDataset tars)")
     tars = sorted(file for file in path.glob("*.tar") if file.is_file())
+    loose = next((file for file in files_below(path) if file.suffix.lower() in EXTENSIONS), None) if tars else None
+    if loose:
+        raise InputError(
+            f"{path}: holds tars ({tars[0].name}) and images beside them ({loose.relative_to(path)}); "
+            "move one of both away, or name the tar"
+        )
     result = tar_source(path, tars) if tars else folder_source(path)
     unsayable = [item.name for item in result.items if not is_utf8(item.name)]
     if unsayable:

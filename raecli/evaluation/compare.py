@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from raecli.errors import InputError
+from raecli.store.json_file import read_json
 
 FIGURES = (  # what a report measured; everything else in it is how
     "fid",
@@ -30,14 +31,9 @@ ABSENT = "(not told)"
 def read_report(file: str) -> dict[str, Any]:
     """A report, or an InputError."""
     try:
-        report = json.loads(Path(file).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise InputError(f"{file}: cannot be read: {error.strerror}; it is a report of rae eval, by --out") from None
-    except ValueError as error:
-        raise InputError(f"{file}: not JSON ({error}); it is a report of rae eval, by --out or --json") from None
-    if not isinstance(report, dict):
-        raise InputError(f"{file}: not a JSON object; it is a report of rae eval, by --out or --json")
-    return report
+        return read_json(Path(file))
+    except InputError as error:
+        raise InputError(f"{error}; give a report of rae eval, by --out or --json") from None
 
 
 def comparison(first: dict[str, Any], second: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:

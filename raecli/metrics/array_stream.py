@@ -12,6 +12,7 @@ import numpy as np
 from raecli.errors import InputError
 
 LOCAL_HEADER = 30  # bytes of a zip member's own header before its name; the lengths of name and extra at its end
+HEADER_LEAST = 10  # bytes of an array's magic, version and header length
 ENCRYPTED = 1  # bit of a member's flags
 
 
@@ -34,6 +35,9 @@ class ArrayStream:
         self.shape, self.dtype = read_header(path, self.stream)
         self.bytes_each = math.prod(self.shape[1:]) * self.dtype.itemsize
         self.offset = self.stream.tell()
+        told, there = math.prod(self.shape) * self.dtype.itemsize, bytes_of(path, member) - HEADER_LEAST
+        if told > there:
+            raise InputError(f"{path}: says {told} bytes of array {list(self.shape)}, holds {max(0, there)}: damaged")
 
     def read(self, start: int, stop: int) -> np.ndarray:
         """Rows start to stop, not writable."""
@@ -46,6 +50,14 @@ class ArrayStream:
         if len(data) != wanted:
             raise InputError(f"{self.path}: ends before image {stop - 1} of {self.shape[0]}; make the file again")
         return np.frombuffer(data, self.dtype).reshape(stop - start, *self.shape[1:])
+
+
+def bytes_of(path: Path, member: str) -> int:
+    """What an .npy, or the member of an .npz, has room for: a header may claim any number of images."""
+    if path.suffix == ".npy":
+        return path.stat().st_size
+    with zipfile.ZipFile(path) as archive:
+        return archive.getinfo(f"{member}.npy").file_size
 
 
 def open_array(path: Path, member: str, expected: str) -> IO[bytes]:

@@ -92,7 +92,7 @@ def read_provenance(path: Path) -> dict[str, Any]:
     try:
         with np.load(path, allow_pickle=False) as file:
             told = json.loads(str(file["provenance"]))
-    except (ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
+    except (ValueError, OSError, EOFError, MemoryError, RecursionError, zipfile.BadZipFile) as error:
         raise InputError(f"{path}: its provenance cannot be read ({error}); extract it again") from error
     if not isinstance(told, dict):
         raise InputError(f"{path}: its provenance is no JSON object; extract it again")

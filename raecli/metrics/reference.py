@@ -1,6 +1,5 @@
 """Sets of images to be measured: image folders, and npz files as ADM's evaluator reads them."""
 
-import json
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -14,6 +13,7 @@ from torch import Tensor
 
 from raecli.errors import InputError
 from raecli.metrics.array_stream import ArrayStream, members_of
+from raecli.store.json_file import read_json
 
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg"}
 ARRAY_SUFFIXES = {".npz", ".npy"}
@@ -184,10 +184,4 @@ def read_card(source: Path) -> dict[str, Any]:
     card = (source if source.is_dir() else source.parent) / CARD
     if not card.is_file():
         return {}
-    try:
-        told = json.loads(card.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise InputError(f"{card}: not JSON ({error}); sample again, or remove it") from error
-    if not isinstance(told, dict):
-        raise InputError(f"{card}: not a JSON object; sample again, or remove it")
-    return told
+    return read_json(card)

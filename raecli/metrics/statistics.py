@@ -2,6 +2,7 @@
 
 import json
 import zipfile
+import zlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -111,6 +112,19 @@ def check_finite(features: Tensor, names: Sequence[str], start: int) -> None:
     raise NonFiniteError(f"{name}: its features hold NaN or infinity; look at the image and at the feature network")
 
 
+# What numpy raises on an npz that is torn, hostile, or claims more than memory holds.
+UNREADABLE = (
+    ValueError,
+    TypeError,
+    OSError,
+    EOFError,
+    MemoryError,
+    RecursionError,
+    zipfile.BadZipFile,
+    zlib.error,
+)
+MOST_BYTES = 2**32  # of one array: a float64 covariance of 23,170 features
+SEMI_DEFINITE = 1e-5  # of the trace: an eigenvalue below minus this is no rounding, not even of float32 statistics
 SUFFIXES = {"pool": "", "spatial": "_s", "dinov2": "_d"}  # of mu and sigma in an npz, by layer; the first two are ADM's
 
 
@@ -140,12 +154,29 @@ def load_moments(path: Path, suffix: str = "") -> Moments | None:
         with np.load(path, allow_pickle=False) as file:
             if f"mu{suffix}" not in file or f"sigma{suffix}" not in file:
                 return None
+            check_room(path, file.zip)
             mean, covariance = file[f"mu{suffix}"], file[f"sigma{suffix}"]
             samples = int(file["n"]) if "n" in file else None
             provenance = json.loads(str(file["provenance"])) if "provenance" in file else {}
-    except (ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
+    except (
+        ValueError,
+        TypeError,
+        OSError,
+        EOFError,
+        MemoryError,
+        RecursionError,
+        zipfile.BadZipFile,
+        zlib.error,
+    ) as error:
         raise InputError(f"{path}: its statistics cannot be read ({error}); make or download the file again") from error
     return checked_moments(path, mean, covariance, samples, provenance)
+
+
+def check_room(path: Path, archive: zipfile.ZipFile) -> None:
+    """Refuse statistics that would unpack to more than those of any network take."""
+    for entry in archive.infolist():
+        if entry.filename.startswith(("mu", "sigma")) and entry.file_size > MOST_BYTES:
+            raise InputError(f"{path}: {entry.filename} takes {entry.file_size} bytes; no network's statistics do")
 
 
 def checked_moments(
@@ -160,4 +191,19 @@ def checked_moments(
         raise InputError(f"{path}: mu is {mean.dtype} and sigma {covariance.dtype}; expected floats")
     if not (np.isfinite(mean).all() and np.isfinite(covariance).all()):
         raise InputError(f"{path}: mu or sigma hold NaN or infinity; make the statistics again")
-    return Moments(torch.from_numpy(mean).double(), torch.from_numpy(covariance).double(), samples, provenance)
+    if samples is not None and samples < 1:
+        raise InputError(f"{path}: n is {samples}; make the statistics again")
+    found = Moments(torch.from_numpy(mean).double(), torch.from_numpy(covariance).double(), samples, provenance)
+    if not is_covariance(found.covariance):
+        raise InputError(f"{path}: sigma is no covariance (not symmetric, or of negative variance); make it again")
+    return found
+
+
+def is_covariance(matrix: Tensor) -> bool:
+    """Whether a finite [D, D] is symmetric and positive semi-definite within rounding: one Cholesky, D^3 / 3."""
+    slack = SEMI_DEFINITE * matrix.diagonal().abs().sum()
+    if (matrix - matrix.T).abs().max() > slack:
+        return False
+    lifted = (matrix + matrix.T) / 2
+    lifted.diagonal().add_(slack + torch.finfo(torch.float64).tiny)
+    return int(torch.linalg.cholesky_ex(lifted).info) == 0

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from raecli.errors import CheckpointError, UsageError
 from raecli.models.encoder_weights import load_exactly, match_keys, read_weights
-from raecli.store.encoder_config import read_json
+from raecli.store.json_file import read_json
 
 # diffusers before 0.17 named the attention's parts so; SD-VAE was published then.
 RENAMED = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}

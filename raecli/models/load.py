@@ -1,6 +1,5 @@
 """Trained artifacts to modules: a run folder, its final/, or one of its checkpoints. Nothing else is needed."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ from raecli.store.artifact import CONFIG, artifact_folder
 from raecli.store.atomic import sha256_of
 from raecli.store.checkpoint import EMA, MODEL, STATE
 from raecli.store.encoders import resolve_encoder
+from raecli.store.json_file import read_json
 from raecli.store.manifest import differing_fields, encoder_identity, tuples
 from raecli.store.statistics import STATISTICS, LatentStatistics, load_statistics
 
@@ -29,19 +29,17 @@ def read_artifact(path: str | Path, kind: str) -> tuple[Path, dict[str, Any], di
     """
     folder = artifact_folder(path)
     try:
-        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+        config = read_json(folder / CONFIG, CheckpointError)
         if config.get("format") != kind:
             raise CheckpointError(f"{folder}: is a {config.get('format')!r}, expected {kind!r}")
         is_checkpoint = (folder / STATE).is_file()
         name = EMA if is_checkpoint else MODEL
-        digests = (
-            json.loads((folder / STATE).read_text(encoding="utf-8"))["sha256"] if is_checkpoint else config["sha256"]
-        )
+        digests = (read_json(folder / STATE, CheckpointError) if is_checkpoint else config)["sha256"]
         for file in {name, *({STATISTICS} & digests.keys())}:
             if sha256_of(folder / file) != digests[file]:
                 raise CheckpointError(f"{folder / file}: its bytes changed since it was written; copy it again")
         return folder, config, load_file(folder / name)
-    except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError, SafetensorError) as error:
+    except (OSError, ValueError, KeyError, AttributeError, TypeError, SafetensorError) as error:
         raise CheckpointError(f"{folder}: not a whole artifact: {error}") from None
 
 

@@ -4,7 +4,6 @@ Images are those that `rae sample` makes with the same settings, and the FID is 
 i is a function of (seed, i), of its label and of the models. No image is written but the sheet.
 """
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,15 +20,15 @@ from raecli.metrics.reference import holds_images, locate_source, open_images
 from raecli.metrics.statistics import FeatureStatistics, Moments, load_moments, merge_in_order
 from raecli.models.autoencoder import Autoencoder
 from raecli.models.baseline_autoencoder import baseline_autoencoder
-from raecli.models.load import artifact_folder, load_autoencoder
+from raecli.models.load import load_autoencoder
 from raecli.recipe.blocks import GenerationSpec
 from raecli.recipe.recipes import SampleRecipe, TrainDiffusionRecipe
 from raecli.recipe.spec import duration_in_steps
 from raecli.sampling.images import decode, solve, to_bytes
 from raecli.sampling.models import Models
 from raecli.sampling.protocol import balanced_labels
+from raecli.store.artifact import read_config
 from raecli.store.atomic import sweep_scratch
-from raecli.store.checkpoint import CONFIG
 from raecli.store.encoder_baselines import is_baseline
 from raecli.store.encoders import resolve_encoder
 from raecli.store.latent_cache import LatentCache
@@ -178,7 +177,7 @@ def check_decoder_of_cache(name: str, cache: str, manifest: Manifest) -> None:
     elif not Path(name).exists():
         raise InputError(f"evaluation.autoencoder: {name} is not there; give a decoder run, pixels or sdvae:FOLDER")
     else:
-        config = json.loads((artifact_folder(name) / CONFIG).read_text(encoding="utf-8"))
+        config = read_config(name, "rae-decoder")
     check_same_latents(latents, config["latents"], f"the cache {cache} and evaluation.autoencoder {name}")
 
 

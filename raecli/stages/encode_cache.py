@@ -7,7 +7,6 @@ writing each have a thread, and go on across the ends of shards.
 
 import contextlib
 import itertools
-import json
 import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -35,6 +34,7 @@ from raecli.errors import InputError, NonFiniteError
 from raecli.models.build import FrozenEncoder, encoder_of
 from raecli.recipe.recipes import EncodeCacheRecipe
 from raecli.store.atomic import atomic_file, sha256_of, write_json
+from raecli.store.json_file import read_json
 from raecli.store.latent_cache import INDEX, LatentCache, bad_tables, write_index
 from raecli.store.lock import Claims, one_at_a_time, share_folder
 from raecli.store.manifest import MANIFEST, Manifest, tuples
@@ -196,7 +196,7 @@ def check_finite(views: list[Tensor], items: list[ImageItem]) -> None:
 
 def tie_together(job: Job) -> Manifest:
     """Index, statistics and last the manifest, out of the shards' records."""
-    records = [json.loads(job.record_file(shard).read_text(encoding="utf-8")) for shard in range(job.shards)]
+    records = [read_json(job.record_file(shard)) for shard in range(job.shards)]
     sums = LatentSums(job.layout.latent_shape)
     for shard in range(job.shards):
         sums.merge(LatentSums.load(job.sums_file(shard)))

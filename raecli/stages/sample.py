@@ -8,7 +8,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from raecli.errors import StorageError
+from raecli.errors import InputError, StorageError
 from raecli.recipe.recipes import SampleRecipe, SweepSpec
 from raecli.sampling.images import make_images
 from raecli.sampling.models import Models, load_models
@@ -16,6 +16,7 @@ from raecli.sampling.protocol import balanced_labels, protocol_of
 from raecli.sampling.sweep import judge_of, plot_sweep, sweep_table, sweep_trials
 from raecli.sampling.trajectory import trajectory_rows
 from raecli.store.atomic import sha256_of, write_json
+from raecli.store.json_file import read_json
 from raecli.store.samples import (
     GRID,
     NPZ,
@@ -120,9 +121,9 @@ def sweep(recipe: SampleRecipe, told: SweepSpec, models: Models, ranks: Ranks) -
 def read_rows(path: Path) -> list[dict[str, Any]]:
     """Rows that an earlier run measured; a damaged file has none, and is measured again."""
     try:
-        rows = json.loads(path.read_text(encoding="utf-8"))["rows"]
+        rows = read_json(path)["rows"]
         return [row for row in rows if isinstance(row, dict)]
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+    except (InputError, KeyError, TypeError):
         return []
 
 

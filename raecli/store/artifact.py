@@ -1,10 +1,10 @@
 """Trained artifacts from outside: where a run's model lies and what its config.json says. No torch."""
 
-import json
 from pathlib import Path
 from typing import Any
 
 from raecli.errors import CheckpointError
+from raecli.store.json_file import read_json
 
 CONFIG = "config.json"
 
@@ -30,11 +30,7 @@ def artifact_folder(path: str | Path) -> Path:
 def read_config(path: str | Path, kind: str) -> dict[str, Any]:
     """What an artifact says of itself. kind: "rae-diffusion" or "rae-decoder"; another one is refused."""
     folder = artifact_folder(path)
-    try:
-        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{folder / CONFIG}: cannot be read: {error}") from None
-    if not isinstance(config, dict) or config.get("format") != kind:
-        found = config.get("format") if isinstance(config, dict) else type(config).__name__
-        raise CheckpointError(f"{folder}: is a {found!r}, expected {kind!r}")
+    config = read_json(folder / CONFIG, CheckpointError)
+    if config.get("format") != kind:
+        raise CheckpointError(f"{folder}: is a {config.get('format')!r}, expected {kind!r}")
     return config

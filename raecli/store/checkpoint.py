@@ -13,9 +13,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from raecli.errors import CheckpointError, NonFiniteError, StorageError
+from raecli.errors import CheckpointError, InputError, NonFiniteError, StorageError
 from raecli.store.artifact import CONFIG, checkpoint_folders
 from raecli.store.atomic import atomic_folder, remove_folder, sha256_of, write_json
+from raecli.store.json_file import read_json
 from raecli.store.statistics import STATISTICS, LatentStatistics
 from raecli.store.tensors import as_sharded, save_tensors, write_tensors
 
@@ -138,13 +139,13 @@ def damaged_files(folder: Path, digests: dict[str, str]) -> list[str]:
 def read_checkpoint(folder: Path) -> Checkpoint:
     """Read a checkpoint, every file held against its digest. Raises CheckpointError saying what is wrong."""
     try:
-        state = json.loads((folder / STATE).read_text(encoding="utf-8"))
+        state = read_json(folder / STATE, CheckpointError)
         for name in damaged_files(folder, state["sha256"]):
             raise CheckpointError(f"{folder / name}: its bytes changed since it was written")
-        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+        config = read_json(folder / CONFIG, CheckpointError)
         tensors = [load_file(folder / name) for name in (MODEL, EMA, OPTIMIZER)]
         return Checkpoint(folder, int(state["step"]), state, config, *tensors)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, SafetensorError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
         raise CheckpointError(f"{folder}: not a whole checkpoint: {error}") from None
 
 
@@ -184,8 +185,8 @@ def save_final(
 def is_final_of(folder: Path, config: dict[str, Any]) -> bool:
     """Whether a whole final model with this configuration lies there already."""
     try:
-        found = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+        found = read_json(folder / CONFIG)
         whole = all(sha256_of(folder / name) == digest for name, digest in found.pop("sha256").items())
         return whole and found == json.loads(json.dumps(config))
-    except (OSError, ValueError, KeyError, AttributeError):
+    except (OSError, InputError, KeyError, AttributeError):
         return False

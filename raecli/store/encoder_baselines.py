@@ -7,8 +7,9 @@ from typing import Any
 from raecli.errors import InputError, UsageError
 from raecli.recipe.blocks import EncoderSpec
 from raecli.store.atomic import sha256_of
-from raecli.store.encoder_config import HALF, read_json
+from raecli.store.encoder_config import HALF
 from raecli.store.encoder_weights import check_safetensors
+from raecli.store.json_file import read_json
 
 PIXELS = "pixels"
 SDVAE = "sdvae:"

@@ -1,12 +1,12 @@
 """A Hugging Face folder's config.json and preprocessor_config.json, read strictly and without torch."""
 
-import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from raecli.errors import InputError, UsageError
+from raecli.store.json_file import read_json
 
 Family = Literal["dinov2", "siglip", "mae"]
 Triple = tuple[float, float, float]
@@ -92,19 +92,6 @@ def read_folder_config(folder: Path) -> FolderConfig:
         if not isinstance(config, dict):
             raise InputError(f"{where}: vision_config is not a mapping")
     return _folder_config(model_type, DEFAULTS[model_type] | config, where)
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON file that holds one object."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read: {error.strerror}") from error
-    except ValueError as error:  # JSONDecodeError and UnicodeDecodeError are both one
-        raise InputError(f"{path}: not valid JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise InputError(f"{path}: holds a {type(value).__name__}, not an object with keys")
-    return value
 
 
 def _folder_config(model_type: str, config: dict[str, Any], where: Path) -> FolderConfig:

@@ -4,23 +4,23 @@ import json
 from pathlib import Path
 from typing import Any
 
-from raecli.errors import InputError
+from raecli.errors import InputError, RaeError
 
 MAX_BYTES = 2**30  # a manifest of ImageNet's shards has 1 MB, the labels of a million samples 10 MB
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file. Raises InputError saying what is wrong: absent, too large, not UTF-8, no object."""
+def read_json(path: Path, error_class: type[RaeError] = InputError) -> dict[str, Any]:
+    """The object in a JSON file. Raises error_class saying what is wrong: absent, too large, not UTF-8, no object."""
     try:
         if path.stat().st_size > MAX_BYTES:
-            raise InputError(f"{path}: {path.stat().st_size} bytes; no file of rae's is as large")
+            raise error_class(f"{path}: {path.stat().st_size} bytes; no file of rae's is as large")
         value = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror})") from None
+        raise error_class(f"{path}: cannot be read ({error.strerror})") from None
     except RecursionError:
-        raise InputError(f"{path}: nested too deeply to be a file of rae's") from None
+        raise error_class(f"{path}: nested too deeply to be a file of rae's") from None
     except ValueError as error:  # no JSON, or no UTF-8
-        raise InputError(f"{path}: not JSON ({error}); it is damaged, or no file of rae's") from None
+        raise error_class(f"{path}: not JSON ({error}); it is damaged, or no file of rae's") from None
     if not isinstance(value, dict):
-        raise InputError(f"{path}: not a JSON object; it is damaged, or no file of rae's")
+        raise error_class(f"{path}: not a JSON object; it is damaged, or no file of rae's")
     return value

@@ -1,6 +1,5 @@
 """manifest.json of a latent cache: what it holds, what made it, and how to know that it is whole. No torch."""
 
-import json
 from pathlib import Path
 from typing import Any, Literal
 
@@ -9,6 +8,7 @@ from pydantic import Field, ValidationError
 from raecli.errors import InputError
 from raecli.recipe.blocks import Dtype, EncoderSpec, Precision
 from raecli.recipe.spec import Count, Spec
+from raecli.store.json_file import read_json
 from raecli.store.remote import local_folder
 
 MANIFEST = "manifest.json"
@@ -72,8 +72,8 @@ def read_manifest(cache: str | Path) -> Manifest:
             f"{folder}: no {MANIFEST}, so this is no finished latent cache; run rae encode-cache again to finish it"
         )
     try:
-        return Manifest.model_validate(tuples(json.loads(path.read_text(encoding="utf-8"))))
-    except (ValueError, UnicodeDecodeError, RecursionError) as error:
+        return Manifest.model_validate(tuples(read_json(path)))
+    except (ValueError, RecursionError) as error:
         raise InputError(f"{path}: not a manifest that this version reads: {reason(error)}") from None
 
 

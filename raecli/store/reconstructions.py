@@ -3,7 +3,6 @@
 KEY is the image's name in its source as WebDataset writes one: class folders stay, endings go.
 """
 
-import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ import numpy as np
 
 from raecli.errors import InputError
 from raecli.store.atomic import sweep_scratch, write_json
+from raecli.store.json_file import read_json
 from raecli.store.manifest import differing_fields
 from raecli.store.samples import UNFINISHED, write_grid
 
@@ -52,11 +52,8 @@ def finish_reconstructions(folder: Path, protocol: dict[str, Any]) -> None:
 
 def read_protocol(path: Path) -> dict[str, Any]:
     """reconstructions.json, or what it is while the folder is not finished."""
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path}: cannot be read ({error}); delete the folder and reconstruct again") from None
-    if not isinstance(found, dict) or found.get("format") != FORMAT:
+    found = read_json(path)
+    if found.get("format") != FORMAT:
         raise InputError(f"{path}: says nothing of reconstructions; choose another folder")
     return found
 

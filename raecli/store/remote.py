@@ -5,7 +5,6 @@ each of them asks for. No shell, no pipe. What has arrived is held against the m
 """
 
 import hashlib
-import json
 import os
 import re
 import urllib.error
@@ -16,6 +15,7 @@ from typing import IO, Any
 
 from raecli.errors import InputError, UsageError
 from raecli.store.atomic import sha256_of, write_json
+from raecli.store.json_file import read_json
 from raecli.store.lock import one_at_a_time
 
 URL = re.compile(r"[a-z][a-z0-9+.-]*://")
@@ -97,7 +97,7 @@ def remote_of(folder: Path, limit_gb: float) -> RemoteShards | None:
     place = folder / PLACE
     if not place.is_file():
         return None
-    return RemoteShards(json.loads(place.read_text(encoding="utf-8"))["url"], folder, limit_gb * 1e9)
+    return RemoteShards(read_json(place)["url"], folder, limit_gb * 1e9)
 
 
 def download(url: str, part: Path) -> None:

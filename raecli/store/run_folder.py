@@ -80,9 +80,8 @@ class MetricsLog:
         config: dict[str, Any] | None = None,
     ) -> None:
         self.path = run / METRICS
-        lines = self.path.read_text(encoding="utf-8").splitlines() if self.path.exists() else []
-        kept = [line for line in lines if is_before(line, first_step)]
-        write_text(self.path, "".join(f"{line}\n" for line in kept))
+        kept = [figures for figures in read_metrics(run) if figures["step"] <= first_step]
+        write_text(self.path, "".join(f"{json.dumps(figures)}\n" for figures in kept))
         self.sinks = open_sinks(tracking or TrackingSpec(), run, first_step, config or {})
 
     def write(self, figures: dict[str, float | int]) -> None:
@@ -112,18 +111,19 @@ class MetricsLog:
             sink.close()
 
 
-def is_before(line: str, step: int) -> bool:
-    """Whether a line is whole and of a step at or before `step`."""
+def figures_in(line: str) -> dict[str, Any] | None:
+    """The figures of a line, with a whole number as their `step`; None for a line that is cut, or is none of ours."""
     try:
-        return int(json.loads(line)["step"]) <= step
-    except (ValueError, KeyError, TypeError):
-        return False
+        figures = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    return figures if isinstance(figures, dict) and type(figures.get("step")) is int else None
 
 
 def read_metrics(run: Path) -> list[dict[str, Any]]:
-    """The lines of a run's metrics.jsonl, the last one left out where it is cut. [] if there is no such file."""
+    """The lines of a run's metrics.jsonl; what is no line of ours is left out. [] if there is no such file."""
     path = run / METRICS
     if not path.is_file():
         return []
     lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
-    return [json.loads(line) for line in lines if is_before(line, sys.maxsize)]
+    return [figures for line in lines if (figures := figures_in(line)) is not None]

@@ -1,6 +1,5 @@
 """A folder of samples: 000000.png ..., samples.npz, grid.png, trajectory.png, and samples.json, the protocol, last."""
 
-import json
 import math
 import shutil
 import struct
@@ -15,6 +14,7 @@ from PIL import Image, ImageDraw
 
 from raecli.errors import InputError, StorageError
 from raecli.store.atomic import atomic_file, scratch_of, sweep_scratch, write_json
+from raecli.store.json_file import read_json
 from raecli.store.manifest import differing_fields
 
 PROTOCOL, UNFINISHED, NPZ = "samples.json", "unfinished.json", "samples.npz"
@@ -98,12 +98,9 @@ def shortened(text: str, most: int = 300) -> str:
 def read_protocol(path: Path) -> dict[str, Any]:
     """samples.json or unfinished.json. Raises InputError if it is damaged."""
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{path}: damaged ({error}); delete its folder, or choose another one") from None
-    if not isinstance(found, dict):
-        raise InputError(f"{path}: no protocol of samples; delete its folder, or choose another one")
-    return found
+        return read_json(path)
+    except InputError as error:
+        raise InputError(f"{error}; delete its folder, or choose another one") from None
 
 
 def finish_samples(folder: Path, protocol: dict[str, Any]) -> None:

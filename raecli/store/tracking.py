@@ -3,7 +3,6 @@
 Both are imported only when asked for. `check_tracking` is for the door: what is not installed is found before training.
 """
 
-import json
 import time
 from pathlib import Path
 from typing import Any, Protocol
@@ -12,6 +11,7 @@ from uuid import uuid4
 from raecli.errors import UsageError
 from raecli.recipe.blocks import TrackingSpec
 from raecli.store.atomic import write_json
+from raecli.store.json_file import read_json
 
 TENSORBOARD_FOLDER, WANDB_FILE = "tensorboard", "wandb.json"
 
@@ -115,7 +115,7 @@ class WandbSink:
         import wandb
 
         self.wandb, identity = wandb, run / WANDB_FILE
-        known = json.loads(identity.read_text(encoding="utf-8")) if identity.is_file() else {}
+        known = read_json(identity) if identity.is_file() else {}
         name = known.get("id") if known.get("project") == project else None
         name = name or uuid4().hex[:8]
         try:

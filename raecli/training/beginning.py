@@ -1,6 +1,5 @@
 """How a training run begins or goes on: rank 0 looks, all ranks do as it found."""
 
-import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -9,6 +8,7 @@ from raecli.errors import CheckpointError
 from raecli.recipe.recipes import TrainingRecipe
 from raecli.store.atomic import sweep_scratch
 from raecli.store.checkpoint import CONFIG, Checkpoint, newest_checkpoint, read_checkpoint
+from raecli.store.json_file import read_json
 from raecli.store.resolve import check_same_latents_as_before
 from raecli.store.run_folder import prepare_run
 from raecli.training.distributed import Ranks
@@ -43,7 +43,7 @@ def check_nothing_is_lost(run: Path, total_steps: int) -> None:
     """Refuse to train a finished model anew because its checkpoints were deleted."""
     config = run / "final" / CONFIG
     if total_steps and config.is_file():
-        step = json.loads(config.read_text(encoding="utf-8")).get("step")
+        step = read_json(config, CheckpointError).get("step")
         raise CheckpointError(
             f"{run}: final/ holds a model of step {step}, and there is no checkpoint to go on from; delete final/ to "
             "train from the start, or give output=ANOTHER_FOLDER"
