@@ -17,6 +17,7 @@ from raecli.cli import (
     plot,
     recipes,
     reconstruct,
+    report,
     sample,
     train,
     verify,
@@ -64,6 +65,7 @@ app.command("reconstruct")(reconstruct.reconstruct)
 app.add_typer(evaluate.app, name="eval", short_help="Measure samples against a reference, as the ADM evaluator does.")
 app.command("overfit-toy")(overfit_toy.overfit_toy)
 app.command("plot")(plot.plot)
+app.command("report")(report.report)
 app.command("convert")(convert.convert)
 app.command("fetch")(fetch.fetch)
 app.add_typer(recipes.app, name="recipes")
