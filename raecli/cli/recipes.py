@@ -11,7 +11,8 @@ from raecli.cli.options import CONTEXT, JsonOpt, list_whole_sentences
 app = typer.Typer(
     name="recipes",
     help="List, show, copy and check recipes.\n\n"
-    "Examples:\n\n  rae recipes ls\n\n  rae recipes cp dith_s mine.yaml\n\n  rae recipes validate mine.yaml cache=latents/mine",
+    "Examples:\n\n  rae recipes ls\n\n  rae recipes cp dith_s mine.yaml\n\n"
+    "  rae recipes validate mine.yaml cache=latents/mine",
     no_args_is_help=True,
     rich_markup_mode=None,
     add_completion=False,
