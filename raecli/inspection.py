@@ -13,6 +13,7 @@ from raecli.store.atomic import sha256_of
 from raecli.store.json_file import read_json
 from raecli.store.manifest import MANIFEST, read_manifest
 
+PICTURES = {"grid.png", "sheet.png", "trajectory.png", "sweep.png"}  # of many samples, beside them
 MAX_HEADER = 100 * 2**20  # bytes of a safetensors header: the format's own limit
 
 
@@ -39,6 +40,7 @@ def inspect(path: Path, *, fast: bool = False) -> Finding:
     kinds: dict[str, Callable[[Path, bool], Finding]] = {
         MANIFEST: cache,
         "plan.json": unfinished_cache,
+        "sweep.json": sweep,
         "samples.json": samples,
         "unfinished.json": samples,
         "reconstructions.json": samples,
@@ -160,7 +162,8 @@ def samples(path: Path, fast: bool) -> Finding:
     names = ("samples.json", "reconstructions.json", "unfinished.json")
     name = next(name for name in names if (path / name).is_file())
     told = read_json(path / name)
-    pictures = [file for file in path.rglob("*.png") if file.name != "grid.png"]
+    within = path / "reconstructions" if name == "reconstructions.json" else path
+    pictures = [file for file in within.rglob("*.png") if file.name not in PICTURES]
     keys = ("rae", "num", "seed", "steps", "solver", "time_grid", "guidance", "guidance_scale", "guidance_interval")
     facts = {key: told[key] for key in (*keys, "pixel_rounding", "model", "autoencoder") if key in told}
     problems = ["not finished: run the same command again"] if name == "unfinished.json" else []
@@ -171,6 +174,15 @@ def samples(path: Path, fast: bool) -> Finding:
     return Finding(
         name.removesuffix(".json").replace("unfinished", "samples"), facts | {"images": len(pictures)}, problems
     )
+
+
+def sweep(path: Path, fast: bool) -> Finding:
+    """A sweep of guidance: what was tried, and the best of it."""
+    rows = [row for row in read_json(path / "sweep.json").get("rows", []) if isinstance(row, dict)]
+    measured = [row for row in rows if isinstance(row.get("fid"), int | float)]
+    best = min(measured, key=lambda row: row["fid"], default={})
+    told = ", ".join(f"{key} {best[key]}" for key in ("guidance_scale", "guidance_interval", "fid") if key in best)
+    return Finding("sweep of guidance", {"trials": len(rows), "measured": len(measured), "best": told or "none yet"})
 
 
 def inspect_file(path: Path) -> Finding:
