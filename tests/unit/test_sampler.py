@@ -109,9 +109,7 @@ def test_one_state_is_kept():
 
     class Watched(Counted):
         def forward(self, noisy, t, labels):
-            tensors = (
-                thing for thing in gc.get_objects() if issubclass(type(thing), Tensor)
-            )
+            tensors = (thing for thing in gc.get_objects() if issubclass(type(thing), Tensor))
             alive = [thing for thing in tensors if thing.shape == shape]
             most.append(len({thing.data_ptr() for thing in alive}))
             return super().forward(noisy, t, labels)
