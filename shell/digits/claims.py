@@ -54,18 +54,10 @@ def model_rows(run: Path) -> list[dict[str, Any]]:
 def decoder_rows(run: Path) -> list[dict[str, Any]]:
     """Reconstruction of the test split by each decoder that was trained."""
     return [
-        {"decoder": name, "rfid": read_json(run / f"{name}.json")["fid"], "psnr": psnr_of(run / f"{name}.txt")}
+        {"decoder": name, **{key: read_json(run / f"{name}.json")[key] for key in ("rfid", "psnr")}}
         for name in DECODERS
         if (run / f"{name}.json").is_file()
     ]
-
-
-def psnr_of(path: Path) -> float:
-    """The figure that reconstruct.py printed."""
-    found = re.search(r"PSNR ([0-9.]+) dB", path.read_text())
-    if not found:
-        raise InputError(f"{path}: tells no PSNR; remove it and run claims.sh again")
-    return float(found[1])
 
 
 def print_tables(models: list[dict[str, Any]], decoders: list[dict[str, Any]]) -> None:

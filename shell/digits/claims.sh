@@ -37,8 +37,8 @@ decode_with() { # RECIPE: a decoder, and the Frechet distance of its reconstruct
     local decoder=$run/$1
     run rae train-decoder "digits/$1" output="$decoder"
     [ -f "$decoder.json" ] || {
-        run python shell/digits/reconstruct.py "$decoder" $data/test "$decoder-reconstructions" | tee "$decoder.txt"
-        run rae eval fid "$decoder-reconstructions" --ref $data/test --features $judge --out "$decoder.json"
+        run rae reconstruct $data/test "$decoder-reconstructions" --autoencoder "$decoder"
+        run rae eval reconstruction $data/test "$decoder-reconstructions" --features $judge --metrics rfid,psnr --out "$decoder.json"
     }
 }
 

@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import re
 import sys
 from collections import Counter
 from pathlib import Path
@@ -317,8 +318,7 @@ def test_claims_are_averaged_over_seeds_and_kept_apart_by_model(tmp_path, capsys
     write_claim(tmp_path, "diffusion_narrow_deep", 0, 0.5, 90.0, 1.1)
     write_claim(tmp_path, "diffusion_fast", 0, 0.9, 4.0, 0.4)
     write_claim(tmp_path, "diffusion_fast", 1, 0.8, 6.0, 0.5)
-    (tmp_path / "decoder.json").write_text('{"fid": 0.5}')
-    (tmp_path / "decoder.txt").write_text("x: 360 images reconstructed, PSNR 30.53 dB\n")
+    (tmp_path / "decoder.json").write_text('{"rfid": 0.5, "psnr": 30.53, "kind": "reconstruction"}')
     assert claims.main([str(tmp_path)]) == 0
     shown = capsys.readouterr().out.splitlines()
     assert shown[1].split()[-4:] == ["2", "0.450", "85.0%", "5.0"]
@@ -335,3 +335,15 @@ def test_claims_without_figures_or_with_a_cut_one_say_so(tmp_path, capsys):
     (tmp_path / "diffusion_fast-0-decoder-fid.json").write_text('{"fid"')
     assert claims.main([str(tmp_path)]) == 3
     assert "not a whole report" in capsys.readouterr().err
+
+
+def test_every_script_and_recipe_that_a_shell_script_names_is_there():
+    root = Path(__file__).parents[2]
+    named = []
+    for script in sorted(root.glob("shell/**/*.sh")):
+        text = script.read_text()
+        named += [(script.name, root / path) for path in re.findall(r"shell/[a-z_/]+\.(?:py|sh|sbatch)", text)]
+        recipes = re.findall(r"\bdigits/((?:decoder|diffusion)[a-z_0-9]*)", text)
+        named += [(script.name, root / "recipes" / "digits" / f"{recipe}.yaml") for recipe in recipes]
+    assert [(name, str(path)) for name, path in named if not path.is_file()] == []
+    assert len(named) >= 11
