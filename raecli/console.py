@@ -52,13 +52,24 @@ class Guarded:
         return getattr(self.stream, name)
 
 
+caught: list[int] = []  # signals that came while there was nothing to save
+
+
 def end_on_signals() -> None:
-    """Before a stage has its own handlers: TERM, HUP and USR1 end with 75, for there is nothing to save yet."""
-    for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
+    """Before a stage has its own handlers, with nothing to save yet: TERM, HUP and USR1 end with 75, INT with 130."""
+    for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGINT):
         signal.signal(number, end_early)
 
 
 def end_early(number: int, frame: types.FrameType | None) -> None:
     """Leave through every `finally`, past every `except Exception` of a library that is being imported."""
-    print(f"error: stopped by {signal.Signals(number).name}; run the same command again", file=sys.stderr)
-    raise SystemExit(int(ExitCode.PREEMPTED))
+    caught.append(number)
+    end_if_caught()
+
+
+def end_if_caught() -> None:
+    """End if a signal came. Asked once more before work starts: a bare `except` of a library may have eaten it."""
+    if caught:
+        name = signal.Signals(caught[0]).name
+        print(f"error: interrupted by {name}; run the same command again", file=sys.stderr)
+        raise SystemExit(int(ExitCode.INTERRUPTED if caught[0] == signal.SIGINT else ExitCode.PREEMPTED))

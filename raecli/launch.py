@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from raecli.console import end_if_caught
 from raecli.errors import ExitCode, Interrupted, Preempted, RaeError, UsageError, WorkerError
 from raecli.recipe.spec import Spec
 
@@ -151,6 +152,7 @@ def run_elastic(command: list[str], launch: LaunchOptions) -> None:
     logging.getLogger("torch.distributed.launcher").setLevel(logging.CRITICAL)
     config = elastic_config(launch)
     stop_at_once_on_a_second_interrupt()
+    end_if_caught()
     with tempfile.TemporaryDirectory(prefix="rae-") as folder:
         os.environ |= {"RAE_LAUNCHER": str(os.getpid()), "RAE_EXIT_CODES": folder}
         try:

@@ -207,12 +207,12 @@ def test_compiled_blocks_give_the_same_images(tiny, tmp_path, monkeypatch):
 
     monkeypatch.setattr(torch.nn.Module, "compile", traced)
     guided = {"num": 5, "guidance_scale": 1.5, "guidance_interval": (0.5, 1.0)}  # batches of 4, 8 and 1, 2
-    fast = tree(made(tiny, tmp_path / "fast", compile=True, **guided))
-    plain = tree(made(tiny, tmp_path / "plain", **guided))
+    fast = pixels_of(made(tiny, tmp_path / "fast", compile=True, **guided))
+    plain = pixels_of(made(tiny, tmp_path / "plain", **guided))
     assert len(compiled) == 3  # two blocks of the model, one of the decoder
-    assert {name: fast[name] for name in fast if name.endswith(".png")} == {
-        name: plain[name] for name in plain if name.endswith(".png")
-    }
+    # Compiled, rotary positions are products of reals instead of complex numbers: the last bit may round otherwise.
+    assert len(fast) == 5 and np.abs(fast - plain).max() <= 1
+    assert np.abs(plain[0] - plain[1]).max() > 1  # or it would show nothing
 
 
 def test_a_trajectory_begins_in_noise_and_ends_in_the_image(tiny, tmp_path):
