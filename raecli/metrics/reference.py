@@ -20,6 +20,7 @@ ARRAY_SUFFIXES = {".npz", ".npy"}
 NOT_SAMPLES = {"grid.png", "picture.png", "trajectory.png"}  # pictures of many samples that lie beside them
 IMAGES_KEY = "arr_0"
 CARD = "samples.json"
+RECONSTRUCTED = "reconstructions.json"  # in a folder of rae reconstruct
 DECODERS = 4  # threads that decode images of a batch
 EXPECTED = "expected a folder of PNG or JPEG images, or an .npz with uint8 arr_0 [N, H, W, 3]"
 
@@ -116,6 +117,11 @@ def locate_source(path: str) -> Path:
     source = Path(path)
     if not source.exists():
         raise InputError(f"{source}: no such file or folder; {EXPECTED}")
+    if (source / RECONSTRUCTED).is_file():  # with its originals beside them it would be a mixture of two sets
+        raise InputError(
+            f"{source}: holds reconstructions, which are measured against their own images: rae eval reconstruction "
+            f"IMAGES {source}; or name one of its folders, {source}/reconstructions"
+        )
     if source.is_dir() and not image_files(source):
         arrays = sorted(source.glob("*.npz"))
         if len(arrays) == 1:

@@ -188,3 +188,13 @@ def test_what_is_no_set_of_images_is_refused(tmp_path):
     (tmp_path / "notes.txt").write_text("text")
     with pytest.raises(InputError, match="neither a folder nor an"):
         open_images(tmp_path / "notes.txt")
+
+
+def test_a_folder_of_reconstructions_is_no_set_of_samples(tmp_path):
+    for part in ("reconstructions", "originals"):
+        (tmp_path / part).mkdir()
+        Image.new("RGB", (8, 8)).save(tmp_path / part / "a.png")
+    (tmp_path / "reconstructions.json").write_text("{}")
+    with pytest.raises(InputError, match="rae eval reconstruction IMAGES"):
+        locate_source(str(tmp_path))
+    assert len(open_images(locate_source(str(tmp_path / "reconstructions")))) == 1
