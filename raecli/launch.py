@@ -151,11 +151,11 @@ def run_elastic(command: list[str], launch: LaunchOptions) -> None:
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # the worker says what failed
     logging.getLogger("torch.distributed.launcher").setLevel(logging.CRITICAL)
     config = elastic_config(launch)
-    stop_at_once_on_a_second_interrupt()
     end_if_caught()
     with tempfile.TemporaryDirectory(prefix="rae-") as folder:
         os.environ |= {"RAE_LAUNCHER": str(os.getpid()), "RAE_EXIT_CODES": folder}
         try:
+            stop_at_once_on_a_second_interrupt()
             elastic_launch(config, command[0])(*command[1:])
         except ChildFailedError as error:
             ends = {rank: failure.exitcode for rank, failure in error.failures.items()}
