@@ -26,7 +26,9 @@ def diffusion(cache, output, steps=150):
 
 @pytest.fixture(scope="module")
 def pictures(tmp_path_factory):
-    return make_images(tmp_path_factory.mktemp("pictures") / "images", classes=4, each=60, side=90)
+    return make_images(
+        tmp_path_factory.mktemp("pictures") / "images", classes=4, each=60, side=400
+    )  # slow to decode: time to kill
 
 
 @pytest.fixture(scope="module")
