@@ -28,8 +28,8 @@ from raecli.evaluation.networks import (
 )
 from raecli.losses.reconstruction import load_lpips
 from raecli.metrics.frechet import frechet_distance
+from raecli.metrics.full_precision import full_float32
 from raecli.metrics.image_quality import psnr, ssim
-from raecli.metrics.inception import full_float32
 from raecli.metrics.lpips_file import find_lpips
 from raecli.metrics.statistics import FeatureStatistics, merge_in_order
 from raecli.models.autoencoder import Autoencoder

@@ -3,16 +3,18 @@
 import math
 import re
 from pathlib import Path
-from typing import Literal, Self
+from typing import TYPE_CHECKING, Literal, Self
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from raecli.errors import CheckpointError, UsageError
 from raecli.models.encoder_weights import load_exactly, match_keys, read_weights
+
+if TYPE_CHECKING:
+    from timm.models.vision_transformer import VisionTransformer  # slow to import: where it is built
 
 REPOSITORY, WEIGHTS_FILE = "timm/vit_small_patch8_224.dino", "model.safetensors"
 UNUSED = re.compile(r"(norm|head|fc)\.")  # after the last block: the heads read the blocks
@@ -155,7 +157,7 @@ class Backbone(nn.Module):
     mean: Tensor
     std: Tensor
 
-    def __init__(self, network: VisionTransformer) -> None:
+    def __init__(self, network: "VisionTransformer") -> None:
         super().__init__()
         self.network = network
         self.side = network.patch_embed.img_size[0]
@@ -231,8 +233,10 @@ def load_backbone(path: Path) -> Backbone:
     return Backbone(network)
 
 
-def plain_transformer(weights: dict[str, Tensor], path: Path) -> VisionTransformer:
+def plain_transformer(weights: dict[str, Tensor], path: Path) -> "VisionTransformer":
     """A vision transformer of the sizes that the weights' shapes tell, without its last LayerNorm."""
+    from timm.models.vision_transformer import VisionTransformer
+
     patch, positions = weights.get("patch_embed.proj.weight"), weights.get("pos_embed")
     blocks = {int(found[1]) for name in weights if (found := re.match(r"blocks\.(\d+)\.", name))}
     if patch is None or patch.dim() != 4 or positions is None or positions.dim() != 3 or len(blocks) < TAPS:

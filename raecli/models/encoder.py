@@ -1,15 +1,16 @@
-"""The frozen representation encoder: images to a map of latents. App. E.1; FACTS section 1."""
+"""The frozen representation encoder: images to a map of latents. App. E.1; FACTS section 1.
+
+timm takes as long to import as torch: it is where a network is built, for stages that only know the class.
+"""
 
 import re
 from typing import Any, Literal, Self
 
-import timm
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from raecli.errors import CheckpointError, UsageError
-from raecli.models.encoder_folder import build_folder_backbone
 from raecli.models.encoder_weights import load_exactly, match_keys, read_weights, resample_positions
 
 # Of timm's layout: the last LayerNorm's affine, pooling and classifying heads, mask tokens, rotary tables.
@@ -98,6 +99,8 @@ def build_encoder(
 ) -> Encoder:
     """Build an encoder as its EncoderSpec tells, in fp32 on the CPU, every key of its weights accounted for."""
     if loader == "folder":
+        from raecli.models.encoder_folder import build_folder_backbone
+
         assert path is not None, "a folder's encoder has a path"
         backbone: nn.Module = build_folder_backbone(
             path, weights, input_size=input_size, position_antialias=position_antialias
@@ -127,6 +130,8 @@ def make_timm_backbone(architecture: str, *, family: str, input_size: int, norm_
     tanh's GELU (its config says gelu_pytorch_tanh; timm's two models of ours have the exact one), MAE has norm_eps
     1e-12 in every block (timm: 1e-6). DINOv2 and DINOv3 are the same in both.
     """
+    import timm
+
     options: dict[str, Any] = {"act_layer": "gelu_tanh"} if family == "siglip" else {}
     if not timm.is_model(architecture):
         raise UsageError(f"encoder {architecture}: this machine's timm {timm.__version__} has no such model")

@@ -1,7 +1,6 @@
 """An encoder of random weights: real images to tokens of any width, where no trained encoder is at hand."""
 
 import torch
-from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 from raecli.models.encoder import Encoder
@@ -19,6 +18,8 @@ def random_encoder(width: int, *, tokens_side: int, seed: int) -> Encoder:
     encoder's, of mean 0 and variance 1 over channels; what they tell of an image is little more than a random
     projection of each patch (timm starts every block's LayerScale at 1e-5).
     """
+    from timm.models.vision_transformer import VisionTransformer
+
     heads = max(1, width // 64)
     while width % heads:
         heads -= 1
