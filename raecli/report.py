@@ -33,7 +33,7 @@ h1, h2, h3 { line-height: 1.2; } h2 { margin-top: 2.5rem; border-bottom: 1px sol
 a { color: inherit; } nav a { margin-right: 1rem; } .faint, figcaption { color: var(--faint); }
 .scroll { overflow-x: auto; } table { border-collapse: collapse; font-size: .92rem; }
 th, td { text-align: left; vertical-align: top; padding: .25rem 1rem .25rem 0; border-bottom: 1px solid var(--line); }
-th { font-weight: 600; } img { max-width: 100%; height: auto; background: #fff; }
+th { font-weight: 600; white-space: nowrap; } img { max-width: 100%; height: auto; background: #fff; }
 figure { margin: 1rem 0; }
 .past { display: grid; grid-template-columns: repeat(auto-fill, minmax(9rem, 1fr)); gap: 1rem; }
 .past figure { margin: 0; } pre { overflow-x: auto; font-size: .85rem; }

@@ -132,7 +132,8 @@ def drawn(curves: Curves) -> Any:
     for panel in panels[len(curves) :]:
         panel.remove()
     handles = [panels[0].plot([], [], color=colours[label], linewidth=1.8)[0] for label in labels]
-    figure.legend(handles, labels, loc="outside upper center", ncols=min(len(labels), 3), frameon=False)
+    shown = [label.replace("$", r"\$") for label in labels]  # a folder's name, not mathematics
+    figure.legend(handles, shown, loc="outside upper center", ncols=min(len(labels), 3), frameon=False)
     return figure
 
 

@@ -62,12 +62,14 @@ def draw(places: Any, labels: Tensor, names: list[str], chosen: list[int], cache
     figure = Figure(figsize=(8, 6.5), layout="constrained")
     axis = figure.subplots()
     colours = matplotlib.colormaps["tab10" if len(chosen) <= 10 else "tab20" if len(chosen) <= 20 else "hsv"]
-    for number, (label, name) in enumerate(zip(chosen, names, strict=True)):
+    points = []
+    for number, label in enumerate(chosen):
         ours = (labels == label).numpy()
         colour = colours(number if len(chosen) <= LEGEND else number / len(chosen))
-        axis.scatter(places[ours, 0], places[ours, 1], s=12, color=colour, linewidths=0, label=name)
+        points.append(axis.scatter(places[ours, 0], places[ours, 1], s=12, color=colour, linewidths=0))
     axis.set(xticks=[], yticks=[], title=f"t-SNE of {cache.manifest.encoder.name}: {len(labels)} pooled latents")
     if len(chosen) <= LEGEND:
-        axis.legend(loc="center left", bbox_to_anchor=(1, 0.5), fontsize="small", markerscale=2)
+        shown = [name.replace("$", r"\$") for name in names]  # a folder's name, not mathematics
+        axis.legend(points, shown, loc="center left", bbox_to_anchor=(1, 0.5), fontsize="small", markerscale=2)
     with atomic_file(path) as scratch:
         figure.savefig(scratch, dpi=120, format="png")

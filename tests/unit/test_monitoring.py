@@ -275,6 +275,14 @@ def test_a_plot_has_a_panel_a_key_and_a_colour_a_run(tmp_path):
     assert (tmp_path / "a" / "curves.png").is_file()
 
 
+def test_a_legend_shows_a_folders_name_as_it_is(tmp_path):
+    """No mathematics between two dollars, and a leading underscore hides nothing."""
+    run = write_run(tmp_path / "_a $x$", 5, loss=lambda i: 1 / i)
+    figure = plotting.drawn(plotting.curves_of(plotting.read_runs([run]), None))
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == [r"_a \$x\$"]
+    assert figure.legends[0].get_texts()[0].get_visible()
+
+
 def test_what_cannot_be_plotted_is_told(tmp_path, monkeypatch):
     run = write_run(tmp_path / "a", 3, loss=lambda i: 1 / i)
     (tmp_path / "empty").mkdir()
