@@ -1,19 +1,26 @@
-"""What all tests share: one thread, no network, a folder of small images, the command line in a process of its own."""
+"""What all tests share: one thread, no network, a folder of small images, the command line in a process of its own.
+
+RAE_TEST_LAUNCH=1 runs every command as a user's shell does; without it those of one rank are forked (tests/forked.py).
+"""
 
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from tests.forked import Server
+
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # two cores, two workers: more threads only wait for each other
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 REPOSITORY = Path(__file__).parent.parent
+LAUNCH_ALL = os.environ.get("RAE_TEST_LAUNCH") == "1"
+SEVERAL_RANKS = {"--devices", "--nnodes"}  # options of the launcher
 RunRae = Callable[..., subprocess.CompletedProcess[str]]
 
 
@@ -23,13 +30,33 @@ def environment(**extra: str) -> dict[str, str]:
     return {**kept, "PYTHONPATH": str(REPOSITORY), **extra}
 
 
-@pytest.fixture
-def rae(tmp_path: Path) -> RunRae:
-    """Run `rae ARGUMENTS` as a user does, in the test's own folder; `code` is the exit code it has to end with."""
+@pytest.fixture(scope="session")
+def forked() -> Iterator[Server]:
+    """The server that forks commands; one for each of pytest's workers."""
+    server = Server(environment())
+    yield server
+    server.close()
 
-    def run(*arguments: str, code: int = 0, cwd: Path = tmp_path, **extra: str) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "-m", "raecli", *map(str, arguments)]
-        result = subprocess.run(command, cwd=cwd, env=environment(**extra), capture_output=True, text=True, timeout=240)
+
+@pytest.fixture
+def rae(tmp_path: Path, forked: Server) -> RunRae:
+    """Run `rae ARGUMENTS` in the test's own folder; `code` is the exit code it has to end with.
+
+    As a user does, in a process that the shell starts, where there are several ranks, variables of the environment are
+    given, or `launched=True`; else in a forked one.
+    """
+
+    def run(
+        *arguments: str, code: int = 0, cwd: Path = tmp_path, launched: bool = False, **extra: str
+    ) -> subprocess.CompletedProcess[str]:
+        told = [str(argument) for argument in arguments]
+        if launched or extra or LAUNCH_ALL or not SEVERAL_RANKS.isdisjoint(told):
+            command = [sys.executable, "-m", "raecli", *told]
+            result = subprocess.run(
+                command, cwd=cwd, env=environment(**extra), capture_output=True, text=True, timeout=240
+            )
+        else:
+            result = forked.run(told, cwd, timeout=240)
         assert result.returncode == code, f"exit {result.returncode}\n{result.stdout}\n{result.stderr}"
         return result
 
@@ -90,9 +117,9 @@ def run_command(*arguments: str, cwd: Path) -> None:
 
 
 @pytest.fixture(scope="session")
-def cache(images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def cache(images: Path, forked: Server, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A latent cache of the images, by the embedded encoder, both views; not to be changed."""
     folder = tmp_path_factory.mktemp("latents")
     arguments = ("--image-size", "32", "--views", "center+flip", "--dtype", "fp32", "--samples-per-shard", "10")
-    run_command("encode-cache", "--encoder", "digits-mae", images, "cache", *arguments, cwd=folder)
+    forked.rae("encode-cache", "--encoder", "digits-mae", images, "cache", *arguments, cwd=folder)
     return folder / "cache"

@@ -15,7 +15,7 @@ from raecli.store.latent_cache import VIEWS
 from raecli.store.manifest import read_manifest
 from raecli.store.shards import ShardLayout
 from raecli.training.distributed import join_ranks
-from tests.conftest import TINY_DIFFUSION, make_images, run_command, tree
+from tests.conftest import TINY_DIFFUSION, make_images, tree
 
 
 def diffusion(cache, output, steps=30, *more):
@@ -24,10 +24,10 @@ def diffusion(cache, output, steps=30, *more):
 
 
 @pytest.fixture(scope="module")
-def whole(cache, tmp_path_factory):
+def whole(cache, forked, tmp_path_factory):
     """A run of 30 steps: checkpoints of 20 and 30."""
     folder = tmp_path_factory.mktemp("whole")
-    run_command(*diffusion(cache, "run"), cwd=folder)
+    forked.rae(*diffusion(cache, "run"), cwd=folder)
     return folder / "run"
 
 

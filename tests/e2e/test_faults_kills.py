@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import TINY_DECODER, TINY_DIFFUSION, make_images, run_command, tree
+from tests.conftest import TINY_DECODER, TINY_DIFFUSION, make_images, tree
 from tests.e2e.faults import children_of, start, wait_for
 
 ENCODE = ("encode-cache", "--encoder", "digits-mae", "--image-size", "32", "--samples-per-shard", "16")
@@ -32,18 +32,18 @@ def pictures(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def whole_cache(pictures, tmp_path_factory):
+def whole_cache(pictures, forked, tmp_path_factory):
     """What an unbroken encode-cache makes of the pictures."""
     folder = tmp_path_factory.mktemp("whole")
-    run_command(*ENCODE, pictures, "cache", cwd=folder)
+    forked.rae(*ENCODE, pictures, "cache", cwd=folder)
     return tree(folder / "cache")
 
 
 @pytest.fixture(scope="module")
-def whole_run(cache, tmp_path_factory):
+def whole_run(cache, forked, tmp_path_factory):
     """Weights, averages and optimisers of an unbroken run."""
     folder = tmp_path_factory.mktemp("whole")
-    run_command(*diffusion(cache, "run"), cwd=folder)
+    forked.rae(*diffusion(cache, "run"), cwd=folder)
     return exact(folder / "run")
 
 

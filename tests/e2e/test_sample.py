@@ -13,18 +13,18 @@ from PIL import Image
 import raecli
 from raecli.store.atomic import sha256_of
 from raecli.store.statistics import LatentStatistics, load_statistics
-from tests.conftest import TINY_DECODER, TINY_DIFFUSION, run_command, tree
+from tests.conftest import TINY_DECODER, TINY_DIFFUSION, tree
 from tests.e2e.faults import kill_group_at, start
 
 OTHER_ENCODER = Path(__file__).parents[1] / "parity" / "vectors" / "vit_mae"
 
 
 @pytest.fixture(scope="module")
-def trained(cache, images, tmp_path_factory):
+def trained(cache, images, forked, tmp_path_factory):
     """A folder with a decoder, a diffusion model and a weaker guide, all tiny; not to be changed."""
     folder = tmp_path_factory.mktemp("trained")
     no_judge = ("loss.perceptual=none", "loss.perceptual_weights=null", "duration=20 steps")
-    run_command(
+    forked.rae(
         "train-decoder",
         "digits/decoder",
         f"images={images}",
@@ -36,7 +36,7 @@ def trained(cache, images, tmp_path_factory):
     )
     for name, steps, extra in (("model", 40, ()), ("guide", 10, ("model.depth=1", "seed=1"))):
         arguments = (f"cache={cache}", f"output={name}", f"duration={steps} steps", *TINY_DIFFUSION, *extra)
-        run_command("train-diffusion", "digits/diffusion", *arguments, cwd=folder)
+        forked.rae("train-diffusion", "digits/diffusion", *arguments, cwd=folder)
     return folder
 
 
