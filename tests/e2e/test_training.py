@@ -172,7 +172,7 @@ def test_a_loss_that_explodes_stops_before_the_weights_are_touched(tmp_path, rae
 
 def test_a_second_run_and_another_recipe_in_one_folder_are_refused(tmp_path, rae, cache):
     process = start(*diffusion(cache, "run", 100000), cwd=tmp_path)
-    wait_for(process, lambda: (tmp_path / "run" / "metrics.jsonl").exists())
+    wait_for(process, lambda: list((tmp_path / "run" / "checkpoints").glob("step-*")))
     result = rae(*diffusion(cache, "run", 100000), code=2)
     process.kill()
     process.communicate()
