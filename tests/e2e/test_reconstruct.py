@@ -215,3 +215,19 @@ def test_training_is_the_same_to_the_bit_with_a_validation(tmp_path, images, cac
     step = ("validation.images=nowhere",)
     with pytest.raises(InputError, match="nowhere"):
         train(tmp_path / "absent", images, cache, *step)
+
+
+def test_two_processes_validate_as_one(tmp_path, rae, images, cache, pictures, decoder):
+    """Weights of two ranks differ by rounding alone; so do the figures, of 150 images that two do not share evenly."""
+    told = (f"validation.images={pictures}", "validation.every=8 steps", "validation.features=digits-mae")
+    shared = (f"images={images}", f"cache={cache}", "output=run", "duration=20 steps", *PLAIN, *told)
+    rae("train-decoder", "digits/decoder", *shared, "--devices", "2")
+    lines = [[line for line in log_of(run) if "validation_psnr" in line] for run in (tmp_path / "run", decoder)]
+    assert [line["step"] for line in lines[0]] == [8, 16, 20]
+    for two, one in zip(*lines, strict=True):
+        for figure in ("validation_psnr", "validation_ssim", "validation_rfid"):
+            assert two[figure] == pytest.approx(one[figure], rel=1e-3), (
+                figure
+            )  # 8-bit rounding of slightly other images
+    sheets = [pixels(run / "samples" / "step-0000020.png").astype(int) for run in (tmp_path / "run", decoder)]
+    assert np.abs(sheets[0] - sheets[1]).max() <= 2
