@@ -11,9 +11,9 @@ def main() -> None:
     guard_streams()
     end_on_signals()
     try:
-        from raecli.cli.app import app
+        from raecli.cli.app import command_line
 
-        app(prog_name="rae")
+        command_line(sys.argv[1:])(prog_name="rae")
     except RaeError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(int(error.exit_code))

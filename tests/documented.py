@@ -10,7 +10,7 @@ from typing import Any
 import typer
 from typer.main import get_command
 
-from raecli.cli.app import app
+from raecli.cli.app import command_line
 from tests.conftest import REPOSITORY
 
 SYNOPSIS = ("MissingParameter", "BadParameter", "BadOptionUsage")  # what a line of running text may leave out
@@ -62,7 +62,7 @@ def spans_of(page: Path) -> list[list[str]]:
 def verbs() -> dict[str, Any]:
     """Every command by its words: `sample`, `eval fid`."""
     found = {}
-    for name, command in get_command(app).commands.items():
+    for name, command in get_command(command_line()).commands.items():
         if hasattr(command, "commands"):
             found |= {f"{name} {inner}": one for inner, one in command.commands.items()}
         else:
@@ -81,7 +81,7 @@ def parsed(words: list[str], *, whole: bool = True) -> tuple[Any, dict[str, Any]
 
     whole=False: values may be missing or a choice be written a|b, as in running text.
     """
-    command: Any = get_command(app)
+    command: Any = get_command(command_line())
     words = list(words)
     context = None
     while hasattr(command, "commands") and words:

@@ -32,6 +32,7 @@ app = typer.Typer(
     "  rae eval fid samples/ --ref adm_ref.npz\n\n"
     "  rae eval reconstruction imagenet/val recon/\n\n"
     "  rae eval compare monday.json tuesday.json",
+    short_help="Measure samples against a reference, as the ADM evaluator does.",
     no_args_is_help=True,
     rich_markup_mode=None,
     add_completion=False,

@@ -115,7 +115,7 @@ def test_help_is_quick_and_needs_no_torch(verb):
         "from raecli.__main__ import main\n"
         "try: main()\n"
         "except SystemExit as end: assert not end.code, end.code\n"
-        "heavy = {'torch', 'timm', 'numpy', 'scipy', 'matplotlib'} & set(sys.modules)\n"
+        "heavy = {'torch', 'timm', 'numpy', 'scipy', 'matplotlib', 'pydantic', 'yaml', 'rich'} & set(sys.modules)\n"
         "assert not heavy, heavy\n"
         "print('CPU', time.process_time())"
     )

@@ -123,11 +123,11 @@ def test_a_misspelt_verb_recipe_or_key_is_refused(tmp_path, monkeypatch):
 @pytest.mark.parametrize("columns", [80, 110])
 @pytest.mark.parametrize("verb", ["", "eval", "recipes", *verbs()])
 def test_help_fits_the_terminal_and_cuts_nothing(verb, columns, monkeypatch, capsys):
-    from raecli.cli.app import app
+    from raecli.cli.app import command_line
 
     monkeypatch.setenv("COLUMNS", str(columns))
     monkeypatch.setattr("shutil.get_terminal_size", lambda *_: os.terminal_size((columns, 40)))
-    app([*verb.split(), "--help"], standalone_mode=False, prog_name="rae")
+    command_line()([*verb.split(), "--help"], standalone_mode=False, prog_name="rae")
     text = capsys.readouterr().out
     listed = text.partition("Commands:")[2]
     assert text.startswith("Usage: rae") and "..." not in listed
