@@ -8,7 +8,7 @@ from raecli.errors import InputError, RaeError, UsageError
 from raecli.evaluation.figures import PrChoice, coverage_figures, frechet_figures, kernel_figures, score_figures
 from raecli.evaluation.measuring import Measured, Wanted, measure
 from raecli.evaluation.networks import DINOV2, LOGITS, POOL, SPATIAL, FeatureNetwork
-from raecli.evaluation.sides import Side, same_network, told_network
+from raecli.evaluation.sides import Side, is_of, same_network, told_network
 from raecli.metrics.statistics import Moments
 from raecli.training.distributed import Ranks
 
@@ -172,12 +172,6 @@ def usable_stored(
             "and no images; measure with that network, or give images"
         )
     return {layer: found for layer, found in stored.items() if layer not in other}
-
-
-def is_of(stored: Moments, layer: str, identity: dict[str, Any]) -> bool:
-    """Whether statistics are of the network, as far as both tell."""
-    width = identity.get("width") if layer in (POOL, DINOV2) else None
-    return same_network(told_network(stored.provenance, layer), identity) and width in (None, len(stored.mean))
 
 
 def check_features(side: Side, layer: str, identity: dict[str, Any]) -> None:

@@ -5,11 +5,28 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from raecli.errors import InputError
 from raecli.evaluation.networks import POOL, FeatureNetwork
-from raecli.metrics.reference import ImageSet, image_batches, rank_slice
-from raecli.metrics.statistics import FeatureStatistics, Moments, merge_in_order
+from raecli.evaluation.sides import is_of, told_network
+from raecli.metrics.reference import ImageSet, holds_images, image_batches, locate_source, open_images, rank_slice
+from raecli.metrics.statistics import FeatureStatistics, Moments, load_moments, merge_in_order
 from raecli.training.distributed import Ranks
 from raecli.training.progress import Progress
+
+
+def reference_moments(path: str, network: FeatureNetwork, batch_size: int, ranks: Ranks) -> Moments:
+    """A reference's Gaussian in the network's features: stored statistics of that network are preferred."""
+    source = locate_source(path)
+    stored = load_moments(source) if source.suffix == ".npz" else None
+    if stored is not None and is_of(stored, POOL, network.description):
+        return stored
+    if stored is not None and not holds_images(source):
+        told = told_network(stored.provenance, POOL)
+        raise InputError(
+            f"{source}: holds statistics of another feature network ({told['name']}, {len(stored.mean)} features) "
+            "and no images; give statistics of that network, or images"
+        )
+    return measured_moments(open_images(source), network, batch_size, ranks, "reference")
 
 
 def measured_moments(images: ImageSet, network: FeatureNetwork, batch_size: int, ranks: Ranks, label: str) -> Moments:

@@ -7,7 +7,7 @@ the two cost 200 MB and seconds.
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -15,7 +15,6 @@ from torch import Tensor
 from raecli.errors import CheckpointError, InputError
 from raecli.metrics.full_precision import full_float32
 from raecli.metrics.inception_file import LAYER_WIDTHS, find_inception
-from raecli.metrics.reference import ImageSet
 from raecli.models.classifier import Classifier, load_classifier
 from raecli.store.atomic import sha256_of
 
@@ -37,6 +36,31 @@ class FeatureNetwork:
     width: int  # D of the pooled layer
     description: dict[str, Any]  # plain JSON values; name and sha256 say whether two sets of statistics may be compared
     layers: tuple[str, ...] = (POOL,)  # what `extract` gives
+
+
+class Sized(Protocol):
+    """Images that an encoder is chosen for: where they are from, and the size of each."""
+
+    @property
+    def path(self) -> Path:
+        """For messages."""
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Height, width."""
+
+
+def chosen_network(
+    features: str | None, inception: str | None, images: Sized | None, device: torch.device
+) -> FeatureNetwork:
+    """Inception; or what `features` names in its place: a classifier's file (.safetensors), or an encoder of images."""
+    if features is None:
+        return inception_network(inception, device)
+    if features.endswith(".safetensors"):
+        return classifier_network(Path(features), device)
+    if images is None:
+        raise InputError(f"encoder {features} has no images to see; name a classifier's file (*.safetensors) instead")
+    return encoder_network(features, images, device)
 
 
 def inception_network(path: str | None, device: torch.device, layers: tuple[str, ...] = (POOL,)) -> FeatureNetwork:
@@ -90,7 +114,7 @@ def classifier_network(path: Path, device: torch.device) -> FeatureNetwork:
     return FeatureNetwork(lambda images: {POOL: applied(classifier.features, images)}, width, description)
 
 
-def encoder_network(name: str, images: ImageSet, device: torch.device) -> FeatureNetwork:
+def encoder_network(name: str, images: Sized, device: torch.device) -> FeatureNetwork:
     """A representation encoder's tokens, averaged over the image."""
     from raecli.models.build import encoder_of
     from raecli.store.encoders import resolve_encoder

@@ -19,13 +19,7 @@ from torch import Tensor, nn
 
 from raecli.errors import InputError, NonFiniteError
 from raecli.evaluation.moments import states_of_ranks
-from raecli.evaluation.networks import (
-    POOL,
-    FeatureNetwork,
-    classifier_network,
-    encoder_network,
-    inception_network,
-)
+from raecli.evaluation.networks import POOL, FeatureNetwork, chosen_network
 from raecli.losses.reconstruction import load_lpips
 from raecli.metrics.frechet import frechet_distance
 from raecli.metrics.full_precision import full_float32
@@ -95,20 +89,9 @@ def load_judges(
             told = {"file": str(found.path), "sha256": found.sha256, "published_weights": found.published}
             descriptions["lpips"] |= {"network": told}
         if "rfid" in metrics:
-            network = feature_network(shape, device, inception, features)
+            network = chosen_network(features, inception, shape, device)
             descriptions["rfid"] |= {"network": network.description}
     return Judges(tuple(descriptions), lpips, network, descriptions)
-
-
-def feature_network(
-    shape: PairShape, device: torch.device, inception: str | None, features: str | None
-) -> FeatureNetwork:
-    """Inception, a classifier of ours, or an encoder."""
-    if features is None:
-        return inception_network(inception, device)
-    if features.endswith(".safetensors"):
-        return classifier_network(Path(features), device)
-    return encoder_network(features, shape, device)  # type: ignore[arg-type]  # it asks for path and size alone
 
 
 @torch.inference_mode()

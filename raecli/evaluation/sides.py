@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from raecli.errors import InputError
-from raecli.evaluation.networks import DINOV2, DINOV2_NAME, INCEPTION
+from raecli.evaluation.networks import DINOV2, DINOV2_NAME, INCEPTION, POOL
 from raecli.evaluation.shard_images import ShardImages, holds_shards
 from raecli.metrics.feature_file import FeatureFile, holds_features
 from raecli.metrics.reference import ImageSet, holds_images, locate_source, open_images, read_card
@@ -90,6 +90,12 @@ def told_network(provenance: dict[str, Any], layer: str) -> dict[str, Any]:
 def same_network(one: dict[str, Any], other: dict[str, Any]) -> bool:
     """Whether two networks are one, as far as both tell."""
     return all(one[key] == other[key] for key in ("name", "sha256") if key in one and key in other)
+
+
+def is_of(stored: Moments, layer: str, identity: dict[str, Any]) -> bool:
+    """Whether statistics are of the network, as far as both tell."""
+    width = identity.get("width") if layer in (POOL, DINOV2) else None
+    return same_network(told_network(stored.provenance, layer), identity) and width in (None, len(stored.mean))
 
 
 def check_kinds(samples: Side, reference: Side | None) -> None:

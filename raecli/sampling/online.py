@@ -12,12 +12,12 @@ import torch
 from torch import nn
 
 from raecli.errors import InputError, UsageError
-from raecli.evaluation.moments import measured_moments, states_of_ranks
-from raecli.evaluation.networks import INCEPTION, POOL, FeatureNetwork, classifier_network, inception_network
+from raecli.evaluation.moments import reference_moments, states_of_ranks
+from raecli.evaluation.networks import POOL, FeatureNetwork, chosen_network
 from raecli.metrics.frechet import frechet_distance
 from raecli.metrics.inception_file import find_inception
 from raecli.metrics.reference import holds_images, locate_source, open_images
-from raecli.metrics.statistics import FeatureStatistics, Moments, load_moments, merge_in_order
+from raecli.metrics.statistics import FeatureStatistics, Moments, merge_in_order
 from raecli.models.autoencoder import Autoencoder
 from raecli.models.baseline_autoencoder import baseline_autoencoder
 from raecli.models.load import load_autoencoder
@@ -114,7 +114,7 @@ def prepare_generation(
     ranks.main_first(lambda: prepare_folder(run / "samples"))
     with torch.random.fork_rng(devices=[]):
         autoencoder = decoder_of_cache(str(spec.autoencoder), cache, ranks.device)
-        network = feature_network(spec, ranks.device) if spec.reference else None
+        network = chosen_network(spec.features, spec.inception, None, ranks.device) if spec.reference else None
     told = sample_recipe(spec, recipe)
     return Generation(
         spec=spec,
@@ -124,7 +124,7 @@ def prepare_generation(
         autoencoder=autoencoder,
         labels=balanced_labels(told, num_classes=recipe.model.num_classes or 0),
         network=network,
-        reference=reference_moments(spec.reference, network, spec.batch_size, ranks) if network else None,
+        reference=reference_moments(str(spec.reference), network, spec.batch_size, ranks) if network else None,
         ranks=ranks,
     )
 
@@ -188,30 +188,6 @@ def decoder_of_cache(name: str, cache: LatentCache, device: torch.device) -> Aut
     autoencoder = load_autoencoder(name, device, encoder=False)
     autoencoder.use_statistics(cache.statistics)
     return autoencoder
-
-
-def feature_network(spec: GenerationSpec, device: torch.device) -> FeatureNetwork:
-    """Inception, or a classifier of the user's."""
-    return (
-        classifier_network(Path(spec.features), device) if spec.features else inception_network(spec.inception, device)
-    )
-
-
-def reference_moments(path: str | None, network: FeatureNetwork, batch_size: int, ranks: Ranks) -> Moments:
-    """The reference's Gaussian in the network's features: stored statistics of it are preferred."""
-    source = locate_source(str(path))
-    stored = load_moments(source) if source.suffix == ".npz" else None
-    if stored is not None:
-        told = stored.provenance.get("features", {"name": INCEPTION})  # ADM's files do not tell
-        same = all(told[key] == network.description[key] for key in ("name", "sha256") if key in told)
-        if same and len(stored.mean) == network.width:
-            return stored
-        if not holds_images(source):
-            raise InputError(
-                f"{source}: holds statistics of another feature network ({told['name']}, {len(stored.mean)} features) "
-                "and no images; give statistics of that network, or images"
-            )
-    return measured_moments(open_images(source), network, batch_size, ranks, "reference")
 
 
 def rank_batches(num: int, batch_size: int, ranks: Ranks) -> list[range]:

@@ -5,21 +5,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from raecli.evaluation.moments import measured_moments
-from raecli.evaluation.networks import (
-    INCEPTION,
-    FeatureNetwork,
-    classifier_network,
-    encoder_network,
-    inception_network,
-)
+from raecli.evaluation.moments import measured_moments, reference_moments
+from raecli.evaluation.networks import FeatureNetwork, chosen_network
 from raecli.flow.sampler import evaluation_counts
 from raecli.flow.time import time_grid
 from raecli.metrics.frechet import frechet_distance
-from raecli.metrics.reference import ImageSet, locate_source, open_images
-from raecli.metrics.statistics import Moments, load_moments
+from raecli.metrics.reference import locate_source, open_images
+from raecli.metrics.statistics import Moments
 from raecli.recipe.recipes import SampleRecipe, SweepSpec
 from raecli.store.atomic import atomic_file, sha256_of
 from raecli.training.distributed import Ranks
@@ -84,36 +76,18 @@ class Judge:
 
 
 def judge_of(told: SweepSpec, samples: Path, ranks: Ranks) -> Judge:
-    """The network that the sweep names, and the reference: stored statistics of that network are preferred."""
-    source = locate_source(told.reference)
-    network = network_of(told, open_images(locate_source(str(samples))), ranks.device)
-    stored = load_moments(source) if source.suffix == ".npz" else None
-    if stored is None or not is_of(stored, network):
-        stored = measured_moments(open_images(source), network, 64, ranks, "reference")
+    """The network that the sweep names, and the reference in it."""
+    images = open_images(locate_source(str(samples)))
+    network = chosen_network(told.features, told.inception, images, ranks.device)
+    reference, source = reference_moments(told.reference, network, 64, ranks), locate_source(told.reference)
     identity = {
         "reference": str(source),
         "reference_sha256": sha256_of(source) if source.is_file() else None,
-        "reference_images": stored.samples,
+        "reference_images": reference.samples,
         "features": network.description["name"],
         "features_sha256": network.description["sha256"],
     }
-    return Judge(network, stored, identity)
-
-
-def network_of(told: SweepSpec, images: ImageSet, device: torch.device) -> FeatureNetwork:
-    """Inception, a classifier of the user's, or an encoder."""
-    if told.features is None:
-        return inception_network(told.inception, device)
-    if told.features.endswith(".safetensors"):
-        return classifier_network(Path(told.features), device)
-    return encoder_network(told.features, images, device)
-
-
-def is_of(stored: Moments, network: FeatureNetwork) -> bool:
-    """True if statistics were measured in this very network, as far as they tell: ADM's files are Inception's."""
-    told = stored.provenance.get("features", {"name": INCEPTION})
-    same = all(told[key] == network.description[key] for key in ("name", "sha256") if key in told)
-    return same and len(stored.mean) == network.width
+    return Judge(network, reference, identity)
 
 
 def sweep_table(rows: list[dict[str, Any]]) -> str:

@@ -21,9 +21,8 @@ from raecli.evaluation.networks import (
     POOL,
     SPATIAL,
     FeatureNetwork,
-    classifier_network,
+    chosen_network,
     dinov2_network,
-    encoder_network,
     inception_network,
 )
 from raecli.evaluation.report import tell
@@ -106,14 +105,9 @@ def named_network(
     assert recipe.features is not None, "somebody names it"
     if recipe.inception is not None:
         raise UsageError("--inception and --features exclude one another: FID is measured in one network")
-    if recipe.features.endswith(".safetensors"):
-        return classifier_network(Path(recipe.features), device)
     sides = [side for side in (samples, reference) if side is not None]
     images = next((side.images for side in sides if side.images is not None), None)
-    if images is None:
-        told = " and ".join(str(side.source) for side in sides)
-        raise InputError(f"{told} hold no images for encoder {recipe.features} to see")
-    return encoder_network(recipe.features, images, device)
+    return chosen_network(recipe.features, None, images, device)
 
 
 def check_something_found(recipe: EvaluateRecipe, findings: list[Findings]) -> None:

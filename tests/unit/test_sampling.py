@@ -287,7 +287,7 @@ def judged(tiny, tmp_path, monkeypatch):
         write_png(reference / f"{index}.png", generator.integers(0, 256, (32, 32, 3), dtype=np.uint8))
     extract = FirstPixels()
     network = FeatureNetwork(extract, 4, {"name": "quarters", "sha256": "0", "file": "-", "width": 4})
-    monkeypatch.setattr(sweep, "network_of", lambda told, images, device: network)
+    monkeypatch.setattr(sweep, "chosen_network", lambda features, inception, images, device: network)
     told = SweepSpec(scales=(1.0, 1.5, 3.0), intervals=((0.0, 1.0), (0.5, 0.9)), reference=str(reference))
     return recipe_of(tiny, tmp_path / "sweep", sweep=told), extract
 
