@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -16,7 +17,7 @@ from raecli.recipe.recipes import SampleRecipe
 from raecli.store.atomic import sha256_of
 from raecli.store.encoder_baselines import is_baseline
 from raecli.store.model_cards import check_same_latents
-from raecli.store.statistics import STATISTICS
+from raecli.store.statistics import STATISTICS, LatentStatistics
 from raecli.training.distributed import Ranks
 
 
@@ -36,10 +37,11 @@ def load_models(recipe: SampleRecipe, ranks: Ranks) -> Models:
     another cache's.
     """
     model = load_diffusion(recipe.model, ranks.device)
-    autoencoder = decoder_for(recipe.autoencoder, model, ranks)
-    check_same_latents(model.config["latents"], autoencoder.config["latents"], f"{recipe.model}, {recipe.autoencoder}")
-    if (model.folder / STATISTICS).is_file():  # a converted model may have none: then the decoder's are its own
-        autoencoder.use_statistics(statistics_of(model.folder))
+    latents, statistics = model.config["latents"], None
+    if is_baseline(recipe.autoencoder) or (model.folder / STATISTICS).is_file():  # a converted model may have none
+        statistics = statistics_of(model.folder)
+    autoencoder = decoder_for(recipe.autoencoder, latents, statistics, ranks.device)
+    check_same_latents(latents, autoencoder.config["latents"], f"{recipe.model}, {recipe.autoencoder}")
     guide = load_diffusion(recipe.guide, ranks.device) if recipe.guide else None
     if guide is not None:
         digests = {statistics_digest(one.folder) for one in (model, guide)} - {None}
@@ -53,12 +55,20 @@ def load_models(recipe: SampleRecipe, ranks: Ranks) -> Models:
     return models
 
 
-def decoder_for(name: str, model: nn.Module, ranks: Ranks) -> Autoencoder:
-    """A trained autoencoder; or a baseline's around the statistics that the diffusion model was trained with."""
-    if not is_baseline(name):
-        return load_autoencoder(name, ranks.device, encoder=False)
-    statistics = statistics_of(model.folder)
-    return baseline_autoencoder(name, model.config["latents"], statistics, ranks.device, encoder=False)
+def decoder_for(
+    name: str, latents: dict[str, Any], statistics: LatentStatistics | None, device: torch.device
+) -> Autoencoder:
+    """A trained decoder, or a baseline's, that is given latents as a diffusion model's statistics denormalise them.
+
+    latents: what the model's config.json says of them. statistics: None leaves a trained decoder its own.
+    """
+    if is_baseline(name):
+        assert statistics is not None, "a baseline has no statistics of its own"
+        return baseline_autoencoder(name, latents, statistics, device, encoder=False)
+    autoencoder = load_autoencoder(name, device, encoder=False)
+    if statistics is not None:
+        autoencoder.use_statistics(statistics)
+    return autoencoder
 
 
 def statistics_digest(folder: Path) -> str | None:

@@ -19,13 +19,11 @@ from raecli.metrics.inception_file import find_inception
 from raecli.metrics.reference import holds_images, locate_source, open_images
 from raecli.metrics.statistics import FeatureStatistics, Moments, merge_in_order
 from raecli.models.autoencoder import Autoencoder
-from raecli.models.baseline_autoencoder import baseline_autoencoder
-from raecli.models.load import load_autoencoder
 from raecli.recipe.blocks import GenerationSpec
 from raecli.recipe.recipes import SampleRecipe, TrainDiffusionRecipe
 from raecli.recipe.spec import duration_in_steps
 from raecli.sampling.images import decode, solve, to_bytes
-from raecli.sampling.models import Models
+from raecli.sampling.models import Models, decoder_for
 from raecli.sampling.protocol import balanced_labels
 from raecli.store.artifact import read_config
 from raecli.store.atomic import sweep_scratch
@@ -113,7 +111,8 @@ def prepare_generation(
     ranks.main_first(lambda: check_generation(recipe, cache.manifest))
     ranks.main_first(lambda: prepare_folder(run / "samples"))
     with torch.random.fork_rng(devices=[]):
-        autoencoder = decoder_of_cache(str(spec.autoencoder), cache, ranks.device)
+        latents = latents_config(cache.manifest)
+        autoencoder = decoder_for(str(spec.autoencoder), latents, cache.statistics, ranks.device)
         network = chosen_network(spec.features, spec.inception, None, ranks.device) if spec.reference else None
     told = sample_recipe(spec, recipe)
     return Generation(
@@ -179,15 +178,6 @@ def check_decoder_of_cache(name: str, cache: str, manifest: Manifest) -> None:
     else:
         config = read_config(name, "rae-decoder")
     check_same_latents(latents, config["latents"], f"the cache {cache} and evaluation.autoencoder {name}")
-
-
-def decoder_of_cache(name: str, cache: LatentCache, device: torch.device) -> Autoencoder:
-    """A trained decoder, or a baseline's, that is given latents as the cache's statistics denormalise them."""
-    if is_baseline(name):
-        return baseline_autoencoder(name, latents_config(cache.manifest), cache.statistics, device, encoder=False)
-    autoencoder = load_autoencoder(name, device, encoder=False)
-    autoencoder.use_statistics(cache.statistics)
-    return autoencoder
 
 
 def rank_batches(num: int, batch_size: int, ranks: Ranks) -> list[range]:
