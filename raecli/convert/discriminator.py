@@ -5,8 +5,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from raecli.convert.source import check_layout
 from raecli.errors import CheckpointError
+from raecli.models.load import check_layout
 
 OPTIONAL = ("norm.", "head.", "fc.")  # after the last block: the discriminator reads blocks
 

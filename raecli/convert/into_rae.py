@@ -16,12 +16,13 @@ from raecli.convert.official import diffusion_to_official as to_official
 from raecli.convert.output import finish_artifact, new_file, new_folder, provenance
 from raecli.convert.settings import Request
 from raecli.convert.sizes import decoder_sizes, diffusion_sizes
-from raecli.convert.source import Source, check_layout
+from raecli.convert.source import Source
 from raecli.convert.statistics import identity_statistics, statistics_at
 from raecli.convert.tables import check_tables, decoder_tables, diffusion_tables
 from raecli.errors import CheckpointError, UsageError
 from raecli.models.build import diffusion_of
 from raecli.models.decoder import Decoder
+from raecli.models.load import check_layout
 from raecli.recipe.blocks import DecoderSpec, DiffusionModelSpec, EncoderSpec, FlowSpec
 from raecli.store.checkpoint import contiguous
 from raecli.store.encoders import resolve_encoder

@@ -18,11 +18,10 @@ from raecli.convert.encoder_names import PUBLISHED, name_for, published_from_tim
 from raecli.convert.official import decoder_to_official, diffusion_to_official
 from raecli.convert.output import finish_artifact, new_file, new_folder, provenance
 from raecli.convert.settings import Request
-from raecli.convert.source import check_layout
 from raecli.convert.statistics import statistics_at
 from raecli.convert.tables import decoder_tables, diffusion_tables
 from raecli.errors import CheckpointError, StorageError, UsageError
-from raecli.models.load import located, read_artifact, statistics_of
+from raecli.models.load import check_layout, located, read_artifact, statistics_of
 from raecli.recipe.blocks import DecoderSpec, DiffusionModelSpec, EncoderSpec
 from raecli.store.checkpoint import EMA, MODEL, contiguous
 from raecli.store.encoder_config import read_folder_config

@@ -107,16 +107,3 @@ def kind_of(weights: dict[str, Tensor], path: Path) -> Kind:
             return kind
     names = ", ".join(sorted(weights)[:5])
     raise CheckpointError(f"{path}: not a released decoder, DiT, DiT-DH, discriminator or statistics; has {names} ...")
-
-
-def check_layout(found: dict[str, Tensor], expected: dict[str, Tensor], where: Path | str) -> None:
-    """Raise CheckpointError with every key that is missing, unknown or of another shape."""
-    problems = [f"missing {name}" for name in sorted(expected.keys() - found.keys())]
-    problems += [f"unknown {name}" for name in sorted(found.keys() - expected.keys())]
-    problems += [
-        f"{name}: {tuple(found[name].shape)}, expected {tuple(expected[name].shape)}"
-        for name in sorted(found.keys() & expected.keys())
-        if found[name].shape != expected[name].shape
-    ]
-    if problems:
-        raise CheckpointError(f"{where}: {len(problems)} keys do not fit: {'; '.join(problems)}")

@@ -1,5 +1,6 @@
 """Trained artifacts to modules: a run folder, its final/, or one of its checkpoints. Nothing else is needed."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from raecli.errors import CheckpointError, InputError
 from raecli.models.autoencoder import Autoencoder
 from raecli.models.build import decoder_of, diffusion_of, encoder_of
 from raecli.recipe.blocks import DecoderSpec, DiffusionModelSpec, EncoderSpec, FlowSpec
-from raecli.store.artifact import CONFIG, artifact_folder
+from raecli.store.artifact import CONFIG, artifact_folder, read_config
 from raecli.store.atomic import sha256_of
 from raecli.store.checkpoint import EMA, MODEL, STATE
 from raecli.store.encoders import resolve_encoder
@@ -29,9 +30,7 @@ def read_artifact(path: str | Path, kind: str) -> tuple[Path, dict[str, Any], di
     """
     folder = artifact_folder(path)
     try:
-        config = read_json(folder / CONFIG, CheckpointError)
-        if config.get("format") != kind:
-            raise CheckpointError(f"{folder}: is a {config.get('format')!r}, expected {kind!r}")
+        config = read_config(folder, kind)
         is_checkpoint = (folder / STATE).is_file()
         name = EMA if is_checkpoint else MODEL
         digests = (read_json(folder / STATE, CheckpointError) if is_checkpoint else config)["sha256"]
@@ -44,18 +43,22 @@ def read_artifact(path: str | Path, kind: str) -> tuple[Path, dict[str, Any], di
 
 
 def load_weights(model: nn.Module, weights: dict[str, Tensor], where: Path) -> None:
-    """Load exactly these weights. Raises CheckpointError with missing and unknown keys, or shapes that differ."""
-    expected = model.state_dict()
-    problems = [f"missing {name}" for name in sorted(expected.keys() - weights.keys())]
-    problems += [f"unknown {name}" for name in sorted(weights.keys() - expected.keys())]
+    """Load exactly these weights. Errors are those of check_layout."""
+    check_layout(weights, model.state_dict(), where)
+    model.load_state_dict(weights)
+
+
+def check_layout(found: Mapping[str, Tensor], expected: Mapping[str, Tensor], where: Path | str) -> None:
+    """Raise CheckpointError with every key that is missing, unknown or of another shape."""
+    problems = [f"missing {name}" for name in sorted(expected.keys() - found.keys())]
+    problems += [f"unknown {name}" for name in sorted(found.keys() - expected.keys())]
     problems += [
-        f"{name}: {tuple(weights[name].shape)}, expected {tuple(expected[name].shape)}"
-        for name in sorted(expected.keys() & weights.keys())
-        if expected[name].shape != weights[name].shape
+        f"{name}: {tuple(found[name].shape)}, expected {tuple(expected[name].shape)}"
+        for name in sorted(expected.keys() & found.keys())
+        if expected[name].shape != found[name].shape
     ]
     if problems:
         raise CheckpointError(f"{where}: {len(problems)} keys do not fit: {'; '.join(problems)}")
-    model.load_state_dict(weights)
 
 
 def load_diffusion(path: str | Path, device: torch.device | str = "cpu") -> nn.Module:
