@@ -6,10 +6,9 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from raecli.errors import CheckpointError, UsageError
+from raecli.errors import CheckpointError
 
 Layers = Callable[[Tensor], list[Tensor]]  # images [B, 3, H, W] in [0, 1] -> feature maps
-VGG_FILE = "vgg16-397923af.pth"
 
 
 def l1_loss(images: Tensor, targets: Tensor) -> Tensor:
@@ -31,17 +30,6 @@ def lpips_loss(network: nn.Module, images: Tensor, targets: Tensor) -> Tensor:
 def full(values: Tensor) -> Tensor:
     """bf16 and fp16 in float32, where sums are taken; others as they are."""
     return values.float() if values.dtype.itemsize < 4 else values
-
-
-def find_vgg(path: str | None) -> Path:
-    """The VGG16 weights that LPIPS stands on: a given file, or torch hub's cache."""
-    candidate = Path(path) if path else Path(torch.hub.get_dir()) / "checkpoints" / VGG_FILE
-    if not candidate.is_file():
-        raise UsageError(
-            f"LPIPS needs torchvision's VGG16 weights, {VGG_FILE}; bring that file to {candidate}, or name it in "
-            "loss.perceptual_weights"
-        )
-    return candidate
 
 
 def load_lpips(vgg_weights: Path) -> nn.Module:

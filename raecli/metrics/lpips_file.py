@@ -21,12 +21,21 @@ class LpipsFile:
 
 
 def find_lpips(path: str | None = None) -> LpipsFile:
-    """The weight file: `path`, else torch hub's cache. Never downloads. Raises UsageError naming the file to bring."""
+    """The file that figures are measured with, with its digest. Errors are those of locate_vgg."""
+    found = locate_vgg(path, "--lpips-weights FILE (in a recipe: validation.lpips_weights)")
+    digest = sha256_of(found)
+    return LpipsFile(found, digest, digest.startswith(PUBLISHED_SHA256_PREFIX))
+
+
+def locate_vgg(path: str | None, told_by: str) -> Path:
+    """The weight file: `path`, else torch hub's cache. Never downloads. Raises UsageError naming the file to bring.
+
+    told_by: the option or key that names the file.
+    """
     found = Path(path) if path is not None else hub_folder() / VGG_NAME
     if not found.is_file():
         raise UsageError(
             f"LPIPS needs torchvision's VGG16 weights, and {found} does not exist: bring {VGG_NAME} (528 MB) there, or "
-            "name it with --lpips-weights FILE (in a recipe: validation.lpips_weights)"
+            f"name it with {told_by}"
         )
-    digest = sha256_of(found)
-    return LpipsFile(found, digest, digest.startswith(PUBLISHED_SHA256_PREFIX))
+    return found

@@ -19,7 +19,8 @@ from raecli.decoding.decoder_turn import decoder_turn
 from raecli.decoding.learner import Learner
 from raecli.errors import NonFiniteError
 from raecli.evaluation.reconstruction_online import Validation, open_validation
-from raecli.losses.reconstruction import find_vgg, load_lpips
+from raecli.losses.reconstruction import load_lpips
+from raecli.metrics.lpips_file import locate_vgg
 from raecli.models.build import decoder_of, encoder_of
 from raecli.models.classifier import load_classifier
 from raecli.models.discriminator import find_backbone, load_backbone
@@ -207,7 +208,7 @@ def perceptual_network(recipe: TrainDecoderRecipe) -> nn.Module | None:
     """The network behind the perceptual term, frozen."""
     loss = recipe.loss
     if loss.perceptual == "lpips":
-        return load_lpips(find_vgg(loss.perceptual_weights))
+        return load_lpips(locate_vgg(loss.perceptual_weights, "loss.perceptual_weights"))
     if loss.perceptual == "features" and loss.perceptual_weights:
         return load_classifier(Path(loss.perceptual_weights))
     return None

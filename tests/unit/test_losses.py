@@ -6,7 +6,8 @@ from torch import nn
 from torchvision.models.vgg import cfgs, make_layers
 
 from raecli.errors import CheckpointError, UsageError
-from raecli.losses.reconstruction import feature_loss, find_vgg, l1_loss, load_lpips, lpips_loss
+from raecli.losses.reconstruction import feature_loss, l1_loss, load_lpips, lpips_loss
+from raecli.metrics.lpips_file import locate_vgg
 
 
 def layers(images):
@@ -54,7 +55,7 @@ def vgg_file(tmp_path_factory):
 
 def test_lpips_stands_on_the_weights_of_the_file(vgg_file):
     path, features = vgg_file
-    network = load_lpips(find_vgg(str(path)))
+    network = load_lpips(path)
     images, targets = torch.rand(2, 2, 3, 32, 32)
     assert lpips_loss(network, images, images) == 0
     assert lpips_loss(network, images, targets) > 0
@@ -64,7 +65,7 @@ def test_lpips_stands_on_the_weights_of_the_file(vgg_file):
 
 
 def test_the_gradient_of_lpips_in_float64(vgg_file):
-    network = load_lpips(find_vgg(str(vgg_file[0]))).double()
+    network = load_lpips(vgg_file[0]).double()
     for name in ("shift", "scale"):
         setattr(network.scaling_layer, name, getattr(network.scaling_layer, name).double())
     images, targets = torch.rand(2, 1, 3, 16, 16, dtype=torch.float64)
@@ -74,7 +75,7 @@ def test_the_gradient_of_lpips_in_float64(vgg_file):
 
 def test_what_is_not_vgg_is_refused(tmp_path):
     with pytest.raises(UsageError, match="perceptual_weights"):
-        find_vgg(str(tmp_path / "none.pth"))
+        locate_vgg(str(tmp_path / "none.pth"), "loss.perceptual_weights")
     torch.save({"features.0.weight": torch.zeros(1)}, tmp_path / "other.pth")
     with pytest.raises(CheckpointError, match="not VGG16"):
         load_lpips(tmp_path / "other.pth")
