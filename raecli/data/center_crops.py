@@ -4,12 +4,11 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
 from raecli.data.feed import pooled
 from raecli.data.images import ImageItem
-from raecli.data.preprocess import center_crop, decode_rgb
+from raecli.data.preprocess import center_square, decode_pixels
 from raecli.errors import InputError
 
 
@@ -18,20 +17,20 @@ def center_crops(items: Sequence[ImageItem], side: int, workers: int) -> Tensor:
 
     Raises InputError listing every image of the batch that cannot be read.
     """
-    return read_batch(items, lambda image: center_crop(image, side), workers)
+    return read_batch(items, lambda item: center_square(item.read(), item.name, side), workers)
 
 
 def whole_images(items: Sequence[ImageItem], workers: int) -> Tensor:
     """Images of one size as they are: uint8 [B, 3, H, W]. Raises InputError likewise."""
-    return read_batch(items, np.asarray, workers)
+    return read_batch(items, lambda item: decode_pixels(item.read(), item.name), workers)
 
 
-def read_batch(items: Sequence[ImageItem], pixels_of: Callable[[Image.Image], np.ndarray], workers: int) -> Tensor:
-    """Decode each image, take its pixels [H, W, 3], and stack them."""
+def read_batch(items: Sequence[ImageItem], pixels_of: Callable[[ImageItem], np.ndarray], workers: int) -> Tensor:
+    """Pixels [H, W, 3] of each image, stacked."""
 
     def read(item: ImageItem) -> np.ndarray | InputError:
         try:
-            return pixels_of(decode_rgb(item.read(), item.name))
+            return pixels_of(item)
         except InputError as error:
             return error
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from raecli.data.feed import pooled
 from raecli.data.images import ImageSource, unique_keys
 from raecli.data.order import stream_slice, uniforms
-from raecli.data.preprocess import center_crop, decode_rgb, random_crop
+from raecli.data.preprocess import center_crop, decode_pixels, random_crop
 from raecli.errors import InputError
 from raecli.recipe.blocks import AugmentationSpec
 from raecli.store.latent_cache import LatentCache
@@ -51,12 +51,12 @@ class CropSource:
 
         def crop(row: int) -> np.ndarray:
             item = items[indices[row]]
-            image = decode_rgb(item.read(), item.name)
+            whole = decode_pixels(item.read(), item.name)
             if self.augmentation.crop == "random":
                 room = float(across[row]), float(down[row])
-                pixels = random_crop(image, self.augmentation.resize, self.side, *room)
+                pixels = random_crop(whole, self.augmentation.resize, self.side, *room)
             else:
-                pixels = center_crop(image, self.side)
+                pixels = center_crop(whole, self.side)
             return pixels[:, ::-1] if mirrored[row] else pixels
 
         pixels = np.stack(pooled(crop, range(len(positions)), self.threads))

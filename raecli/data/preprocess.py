@@ -122,14 +122,14 @@ def boxed(pixels: np.ndarray, size: int) -> np.ndarray:
 
 def center_square(data: bytes, name: str, size: int) -> np.ndarray:
     """guided-diffusion's centre crop of an encoded image: uint8 [size, size, 3]. Errors are decode_rgb's."""
-    return resized_crop(decode_pixels(data, name), size, size, None, None)
+    return center_crop(decode_pixels(data, name), size)
 
 
-def center_crop(image: Image.Image, size: int) -> np.ndarray:
-    """guided-diffusion's centre crop: uint8 [size, size, 3]."""
-    return resized_crop(np.asarray(image), size, size, None, None)
+def center_crop(pixels: np.ndarray, size: int) -> np.ndarray:
+    """guided-diffusion's centre crop of uint8 [H, W, 3]: [size, size, 3]."""
+    return resized_crop(pixels, size, size, None, None)
 
 
-def random_crop(image: Image.Image, resize: int, size: int, across: float, down: float) -> np.ndarray:
+def random_crop(pixels: np.ndarray, resize: int, size: int, across: float, down: float) -> np.ndarray:
     """Shorter side to `resize`, then a crop of `size` at fractions (across, down) in [0, 1) of the room. App. E.2."""
-    return resized_crop(np.asarray(image), resize, size, across, down)
+    return resized_crop(pixels, resize, size, across, down)

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from raecli.data.preprocess import center_crop, decode_rgb
+from raecli.data.preprocess import center_square
 from raecli.errors import InputError, NonFiniteError
 from raecli.evaluation.toy import (
     COLUMNS,
@@ -194,7 +194,7 @@ def make_latents(job: Job, recipe: OverfitToyRecipe) -> Tensor:
 
 def read_image(path: str, size: int) -> Tensor:
     """An image's centre crop, float [1, 3, size, size] in [0, 1]."""
-    pixels = center_crop(decode_rgb(Path(path).read_bytes(), path), size)
+    pixels = center_square(Path(path).read_bytes(), path, size)
     return torch.from_numpy(pixels.copy()).permute(2, 0, 1)[None].float() / 255
 
 

@@ -72,7 +72,7 @@ def test_summed_layers_are_recorded_and_make_another_cache(tmp_path, rae, images
     cache = raecli.open_cache(tmp_path / "cache")
     assert cache.manifest.encoder.layers == "sum:2"
     item = next(path for path in images.rglob("*.png") if str(path).endswith(f"{cache.keys[0]}.png"))
-    pixels = torch.from_numpy(center_crop(decode_rgb(item.read_bytes(), item.name), 32).copy())
+    pixels = torch.from_numpy(center_crop(np.asarray(decode_rgb(item.read_bytes(), item.name)), 32).copy())
     latents = encoder_of(cache.manifest.encoder)(pixels.permute(2, 0, 1)[None] / 255)
     torch.testing.assert_close(cache[0][0], latents[0], atol=1e-5, rtol=0)  # another batch size
     refused = rae(*encode, code=3)
