@@ -1,7 +1,6 @@
 """The work of `rae encode-cache`: which images go to which shard, and what of it is done by now."""
 
 import random
-import shutil
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,13 +10,14 @@ import numpy as np
 
 from raecli.data.images import ImageSource, open_images, unique_keys
 from raecli.data.order import permutation
-from raecli.errors import InputError, StorageError, UsageError
+from raecli.errors import InputError, UsageError
 from raecli.recipe.recipes import EncodeCacheRecipe
 from raecli.store.atomic import sha256_of, sweep_scratch, write_json
 from raecli.store.json_file import read_json
 from raecli.store.latent_cache import VIEWS
 from raecli.store.lock import Claims
 from raecli.store.manifest import MANIFEST, Manifest, differing_fields, encoder_identity, read_manifest
+from raecli.store.room import check_free
 from raecli.store.shards import ShardLayout
 
 PLAN = "plan.json"
@@ -107,9 +107,7 @@ def prepare_output(job: Job, *, alone: bool) -> None:
 def check_room(job: Job) -> None:
     """Refuse a disk that is plainly too small."""
     needed = job.layout.shard_bytes(len(job.order))
-    free = shutil.disk_usage(job.output).free
-    if needed > free:
-        raise StorageError(f"{job.output}: the cache takes {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free")
+    check_free(job.output, needed, f"a cache of {len(job.order)} images", "or choose another folder")
 
 
 def finished_cache(job: Job) -> Manifest | None:

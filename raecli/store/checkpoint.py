@@ -1,7 +1,6 @@
 """Checkpoints: a folder of safetensors and JSON that is complete or absent. No pickle."""
 
 import json
-import shutil
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from raecli.errors import CheckpointError, InputError, NonFiniteError, StorageEr
 from raecli.store.artifact import CONFIG, checkpoint_folders
 from raecli.store.atomic import atomic_folder, remove_folder, sha256_of, write_json
 from raecli.store.json_file import read_json
+from raecli.store.room import check_free
 from raecli.store.statistics import STATISTICS, LatentStatistics
 from raecli.store.tensors import as_sharded, save_tensors, write_tensors
 
@@ -121,12 +121,9 @@ def check_space(run: Path, tensors: list[Tensor], keep: int) -> None:
     """
     size = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
     here = sum(file.stat().st_size for file in run.glob("*/**/*.safetensors"))
-    needed, free = max(0, size * (4 * (keep + 1) + 1) - here), shutil.disk_usage(run).free
-    if free < needed:
-        raise StorageError(
-            f"{run}: {needed} bytes are needed for {keep + 1} checkpoints and final/, {free} are free; free space, "
-            "keep fewer (keep_checkpoints), or choose another output"
-        )
+    needed = max(0, size * (4 * (keep + 1) + 1) - here)
+    advice = "keep fewer (keep_checkpoints), or choose another output"
+    check_free(run, needed, f"{keep + 1} checkpoints and final/", advice)
 
 
 def damaged_files(folder: Path, digests: dict[str, str]) -> list[str]:

@@ -1,7 +1,6 @@
 """A folder of samples: 000000.png ..., samples.npz, grid.png, trajectory.png, and samples.json, the protocol, last."""
 
 import math
-import shutil
 import struct
 import zipfile
 import zlib
@@ -12,10 +11,11 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw
 
-from raecli.errors import InputError, StorageError
+from raecli.errors import InputError
 from raecli.store.atomic import atomic_file, scratch_of, sweep_scratch, write_json
 from raecli.store.json_file import read_json
 from raecli.store.manifest import differing_fields
+from raecli.store.room import check_free
 
 PROTOCOL, UNFINISHED, NPZ = "samples.json", "unfinished.json", "samples.npz"
 GRID, TRAJECTORY = "grid.png", "trajectory.png"
@@ -53,13 +53,7 @@ def check_space(folder: Path, *, images: int, side: int, format: str) -> None:
     """Refuse what plainly has no room. images: still to be made; side: pixels. Raises StorageError."""
     pixels = 3 * side**2
     needed = int(images * max(BLOCK, PNG_SHARE * pixels)) + (images * pixels if format != "png" else 0)
-    there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
-    free = shutil.disk_usage(there).free
-    if needed > free:
-        raise StorageError(
-            f"{folder}: {images} images need {needed} bytes at least, {free} are free there: make room, choose another "
-            "folder, or fewer images"
-        )
+    check_free(folder, needed, f"{images} images at least", "choose another folder, or fewer images")
 
 
 def write_png(path: Path, pixels: np.ndarray) -> None:

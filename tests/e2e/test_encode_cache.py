@@ -32,12 +32,8 @@ def test_a_cache_holds_the_encoders_latents_in_a_seeded_order(cache, images):
     for index in (0, 9, 10, 23):  # both sides of a shard's end
         latent, label, key = opened[index]
         item = by_key[key]
-        pixels = (
-            torch.from_numpy(center_crop(np.asarray(decode_rgb(item.read(), item.name)), 32).copy()).permute(2, 0, 1)[
-                None
-            ]
-            / 255
-        )
+        square = center_crop(np.asarray(decode_rgb(item.read(), item.name)), 32)
+        pixels = torch.from_numpy(square.copy()).permute(2, 0, 1)[None] / 255
         assert label == item.label
         torch.testing.assert_close(latent, encoder(pixels)[0], atol=1e-5, rtol=0)  # another batch size
         torch.testing.assert_close(opened.latents([index], [True])[0], encoder(pixels.flip(3))[0], atol=1e-5, rtol=0)

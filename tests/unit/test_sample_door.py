@@ -113,7 +113,7 @@ def test_a_damaged_card_of_a_model_is_no_traceback(tiny, tmp_path):
 
 def test_no_room_for_the_images_is_told_before_anything_starts(tiny, tmp_path, monkeypatch):
     monkeypatch.setattr("shutil.disk_usage", lambda path: type("Usage", (), {"free": 1_000_000})())
-    with pytest.raises(StorageError, match="500 images need"):
+    with pytest.raises(StorageError, match="needed for 500 images"):
         checked(asked(tiny, tmp_path / "out", num=500), dry_run=False)
     (tmp_path / "out").mkdir()
     for index in range(400):

@@ -253,9 +253,9 @@ def test_images_without_room_are_refused(tmp_path, monkeypatch):
     check_space(folder, images=1, side=32, format="both")
     monkeypatch.setattr("shutil.disk_usage", lambda path: type("Usage", (), {"free": 1_000_000})())
     check_space(folder, images=200, side=32, format="png")
-    with pytest.raises(StorageError, match=r"300 images need 1228800 bytes at least, 1000000 are free"):
+    with pytest.raises(StorageError, match=r"1228800 bytes are needed for 300 images at least, 1000000 are free"):
         check_space(folder, images=300, side=32, format="png")
-    with pytest.raises(StorageError, match="200 images need"):
+    with pytest.raises(StorageError, match="needed for 200 images"):
         check_space(folder, images=200, side=32, format="npz")
 
 
