@@ -1,7 +1,6 @@
 """What lies at a path, what made it, and whether it is whole: the work of `rae inspect`."""
 
-import json
-import struct
+import math
 import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -12,9 +11,9 @@ from raecli.errors import CheckpointError, InputError, RaeError
 from raecli.store.atomic import sha256_of
 from raecli.store.json_file import read_json
 from raecli.store.manifest import MANIFEST, read_manifest
+from raecli.store.run_folder import read_metrics
 
 PICTURES = {"grid.png", "sheet.png", "trajectory.png", "sweep.png"}  # of many samples, beside them
-MAX_HEADER = 100 * 2**20  # bytes of a safetensors header: the format's own limit
 
 
 @dataclass
@@ -116,17 +115,9 @@ def run(path: Path, fast: bool) -> Finding:
 
 
 def last_figures(path: Path) -> dict[str, float]:
-    """The last whole line of metrics.jsonl; {} if there is none."""
-    log = path / "metrics.jsonl"
-    lines = log.read_text(encoding="utf-8", errors="replace").splitlines() if log.is_file() else []
-    for line in reversed(lines):
-        try:
-            figures = json.loads(line)
-        except (ValueError, RecursionError):  # cut by a kill
-            continue
-        if isinstance(figures, dict):
-            return {key: value for key, value in figures.items() if isinstance(value, int | float)}
-    return {}
+    """The numbers of the last whole line of metrics.jsonl; {} if there is none."""
+    lines = read_metrics(path)
+    return {key: value for key, value in lines[-1].items() if isinstance(value, int | float)} if lines else {}
 
 
 def model(path: Path, fast: bool) -> Finding:
@@ -205,37 +196,14 @@ def inspect_file(path: Path) -> Finding:
 
 def tensors_told(path: Path) -> str:
     """Tensors and parameters of a safetensors file, out of its header alone."""
+    from safetensors import SafetensorError, safe_open
+
     try:
-        with path.open("rb") as file:
-            (length,) = struct.unpack("<Q", file.read(8))
-            if length > MAX_HEADER:
-                raise ValueError("its header is too long")
-            header = json.loads(file.read(length))
-        shapes = [entry["shape"] for name, entry in header.items() if name != "__metadata__"]
-        ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
-        whole = path.stat().st_size == 8 + length + max(ends, default=0)
-    except (
-        OSError,
-        ValueError,
-        KeyError,
-        TypeError,
-        AttributeError,
-        IndexError,
-        struct.error,
-        RecursionError,
-    ) as error:
-        raise InputError(f"{path}: not a safetensors file ({error})") from None
-    if not whole:
-        raise InputError(f"{path}: cut short, or longer than its header tells")
-    return f"{len(shapes)} tensors, {sum(product(shape) for shape in shapes):,} numbers"
-
-
-def product(shape: list[int]) -> int:
-    """Numbers in a tensor of this shape."""
-    count = 1
-    for side in shape:
-        count *= side
-    return count
+        with safe_open(path, framework="numpy") as file:
+            shapes = [file.get_slice(name).get_shape() for name in file.keys()]  # noqa: SIM118 - no mapping
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"{path}: not a whole safetensors file ({error})") from None
+    return f"{len(shapes)} tensors, {sum(math.prod(shape) for shape in shapes):,} numbers"
 
 
 def arrays_told(path: Path) -> dict[str, Any]:

@@ -11,7 +11,9 @@ from torch import Tensor
 
 from raecli.errors import InputError
 from raecli.metrics.array_stream import ArrayStream, members_of
+from raecli.metrics.statistics import UNREADABLE
 from raecli.store.atomic import SCRATCH, atomic_file
+from raecli.store.json_file import parse_json
 
 LAYERS = ("pool", "spatial", "logits", "dinov2")  # arrays that a feature file may hold
 EXPECTED = "expected an .npz with pool [N, 2048], and spatial [N, 2023] and logits [N, 1008] where they are wanted"
@@ -91,12 +93,10 @@ def read_provenance(path: Path) -> dict[str, Any]:
     """The JSON text that our own npz files carry."""
     try:
         with np.load(path, allow_pickle=False) as file:
-            told = json.loads(str(file["provenance"]))
-    except (ValueError, OSError, EOFError, MemoryError, RecursionError, zipfile.BadZipFile) as error:
+            text = str(file["provenance"])
+    except (KeyError, *UNREADABLE) as error:
         raise InputError(f"{path}: its provenance cannot be read ({error}); extract it again") from error
-    if not isinstance(told, dict):
-        raise InputError(f"{path}: its provenance is no JSON object; extract it again")
-    return told
+    return parse_json(text, f"{path}: its provenance")
 
 
 Rows = Tensor | FileRows

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from raecli.errors import InputError, NonFiniteError
 from raecli.store.atomic import atomic_file
+from raecli.store.json_file import parse_json
 
 
 @dataclass(frozen=True)
@@ -157,19 +158,10 @@ def load_moments(path: Path, suffix: str = "") -> Moments | None:
             check_room(path, file.zip)
             mean, covariance = file[f"mu{suffix}"], file[f"sigma{suffix}"]
             samples = int(file["n"]) if "n" in file else None
-            provenance = json.loads(str(file["provenance"])) if "provenance" in file else {}
-    except (
-        ValueError,
-        TypeError,
-        OSError,
-        EOFError,
-        MemoryError,
-        RecursionError,
-        zipfile.BadZipFile,
-        zlib.error,
-    ) as error:
+            text = str(file["provenance"]) if "provenance" in file else "{}"
+    except UNREADABLE as error:
         raise InputError(f"{path}: its statistics cannot be read ({error}); make or download the file again") from error
-    return checked_moments(path, mean, covariance, samples, provenance)
+    return checked_moments(path, mean, covariance, samples, parse_json(text, f"{path}: its provenance"))
 
 
 def check_room(path: Path, archive: zipfile.ZipFile) -> None:
@@ -180,14 +172,14 @@ def check_room(path: Path, archive: zipfile.ZipFile) -> None:
 
 
 def checked_moments(
-    path: Path, mean: np.ndarray, covariance: np.ndarray, samples: int | None, provenance: Any
+    path: Path, mean: np.ndarray, covariance: np.ndarray, samples: int | None, provenance: dict[str, Any]
 ) -> Moments:
     """Stored arrays as Moments in float64, or an InputError that says what is wrong with them."""
     if mean.ndim != 1 or covariance.shape != (len(mean), len(mean)):
         raise InputError(
             f"{path}: mu has shape {list(mean.shape)} and sigma {list(covariance.shape)}; expected [D] and [D, D]"
         )
-    if mean.dtype.kind != "f" or covariance.dtype.kind != "f" or not isinstance(provenance, dict):
+    if mean.dtype.kind != "f" or covariance.dtype.kind != "f":
         raise InputError(f"{path}: mu is {mean.dtype} and sigma {covariance.dtype}; expected floats")
     if not (np.isfinite(mean).all() and np.isfinite(covariance).all()):
         raise InputError(f"{path}: mu or sigma hold NaN or infinity; make the statistics again")

@@ -11,6 +11,7 @@ from torch.nn import functional
 
 from raecli.errors import CheckpointError
 from raecli.store.atomic import atomic_file
+from raecli.store.json_file import parse_json
 
 
 class Classifier(nn.Module):
@@ -92,10 +93,12 @@ def read_file(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         raise CheckpointError(f"{path}: no such file; {wanted}")
     try:
         with safe_open(path, framework="pt") as file:
-            config = json.loads((file.metadata() or {}).get("config", "{}"))
+            config = parse_json(
+                (file.metadata() or {}).get("config", "{}"), f"{path}: its header, a classifier's", CheckpointError
+            )
             weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
     except (SafetensorError, ValueError, OSError) as error:
         raise CheckpointError(f"{path}: cannot be read ({error}); {wanted}") from error
-    if not isinstance(config, dict) or config.pop("kind", None) != "classifier":
+    if config.pop("kind", None) != "classifier":
         raise CheckpointError(f"{path}: safetensors, but its header does not say kind: classifier; {wanted}")
     return config, weights

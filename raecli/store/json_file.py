@@ -14,13 +14,22 @@ def read_json(path: Path, error_class: type[RaeError] = InputError) -> dict[str,
     try:
         if path.stat().st_size > MAX_BYTES:
             raise error_class(f"{path}: {path.stat().st_size} bytes; no file of rae's is as large")
-        value = json.loads(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
     except OSError as error:
         raise error_class(f"{path}: cannot be read ({error.strerror})") from None
-    except RecursionError:
-        raise error_class(f"{path}: nested too deeply to be a file of rae's") from None
-    except ValueError as error:  # no JSON, or no UTF-8
+    except UnicodeDecodeError as error:
         raise error_class(f"{path}: not JSON ({error}); it is damaged, or no file of rae's") from None
+    return parse_json(text, str(path), error_class)
+
+
+def parse_json(text: str, where: str, error_class: type[RaeError] = InputError) -> dict[str, Any]:
+    """The object that a text holds. where: what to call the text in error_class's message."""
+    try:
+        value = json.loads(text)
+    except RecursionError:
+        raise error_class(f"{where}: nested too deeply to be of rae's making") from None
+    except ValueError as error:
+        raise error_class(f"{where}: not JSON ({error}); it is damaged, or not of rae's making") from None
     if not isinstance(value, dict):
-        raise error_class(f"{path}: not a JSON object; it is damaged, or no file of rae's")
+        raise error_class(f"{where}: not a JSON object; it is damaged, or not of rae's making")
     return value

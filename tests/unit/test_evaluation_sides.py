@@ -131,8 +131,8 @@ def test_precision_and_recall_hold_no_features_in_memory(tmp_path, monkeypatch):
         ({"pool": POOL.astype(np.int32)}, "pool is int32"),
         ({"pool": POOL[0]}, r"shape \[6\]"),
         ({"spatial": POOL[:9]}, "unequal numbers"),
-        ({"provenance": np.array("[")}, "provenance cannot be read"),
-        ({"provenance": np.array("[1]")}, "no JSON object"),
+        ({"provenance": np.array("[")}, "its provenance: not JSON"),
+        ({"provenance": np.array("[1]")}, "its provenance: not a JSON object"),
     ],
 )
 def test_files_that_hold_no_features_are_refused(tmp_path, arrays, said):
