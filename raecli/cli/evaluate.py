@@ -210,8 +210,8 @@ def accuracy(
     launch(recipe, LaunchOptions(devices, nnodes, node_rank, rdzv, COLLECTIVE_SECONDS), dry_run)
 
 
-app.command("features")(evaluate_write.features)
-app.command("statistics")(evaluate_write.statistics)
+for _what, _help in evaluate_write.HELP.items():
+    app.command(_what, help=_help)(evaluate_write.writing(_what))
 app.command("compare")(evaluate_compare.compare)
 
 

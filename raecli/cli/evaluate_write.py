@@ -1,5 +1,6 @@
 """`rae eval features` and `rae eval statistics`: pay for extraction once."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -25,75 +26,67 @@ PurposeOpt = Annotated[
 BatchSizeOpt = Annotated[int, typer.Option("--batch-size", help="Images a forward on one rank.", min=1)]
 
 
-def features(
-    images: ImagesArg,
-    output: OutArg,
-    inception: InceptionOpt = None,
-    dinov2: Dinov2Opt = None,
-    purpose: PurposeOpt = "generation",
-    batch_size: BatchSizeOpt = 64,
-    devices: DevicesOpt = None,
-    nnodes: NnodesOpt = 1,
-    node_rank: NodeRankOpt = 0,
-    rdzv: RdzvOpt = None,
-    dry_run: DryRunOpt = False,
-) -> None:
-    """Write Inception's features of every image: pool [N, 2048], spatial [N, 2023], logits [N, 1008], float32.
+HELP: dict[Literal["features", "statistics"], str] = {
+    "features": """Write Inception's features of every image: pool [N, 2048], spatial [N, 2023], logits [N, 1008].
 
-    The file stands for the images in every metric but accuracy. 20 kB an image.
+    float32, 20 kB an image. The file stands for the images in every metric but accuracy.
 
     \b
     rae eval features samples/ sample_features.npz
     rae eval all sample_features.npz --ref adm_ref.npz
-    """
-    arguments = (inception, dinov2, purpose, batch_size, devices, nnodes, node_rank, rdzv, dry_run)
-    write("features", images, output, *arguments)
-
-
-def statistics(
-    images: ImagesArg,
-    output: OutArg,
-    inception: InceptionOpt = None,
-    dinov2: Dinov2Opt = None,
-    purpose: PurposeOpt = "generation",
-    batch_size: BatchSizeOpt = 64,
-    devices: DevicesOpt = None,
-    nnodes: NnodesOpt = 1,
-    node_rank: NodeRankOpt = 0,
-    rdzv: RdzvOpt = None,
-    dry_run: DryRunOpt = False,
-) -> None:
-    """Write mean and covariance of Inception's features, with ADM's names: mu, sigma, mu_s, sigma_s.
+    """,
+    "statistics": """Write mean and covariance of Inception's features, with ADM's names: mu, sigma, mu_s, sigma_s.
 
     A reference for fid and sfid; precision, recall and kid need images or features.
 
     \b
     rae eval statistics imagenet/train/ train_statistics.npz --devices 8
     rae eval fid samples/ --ref train_statistics.npz
-    """
-    arguments = (inception, dinov2, purpose, batch_size, devices, nnodes, node_rank, rdzv, dry_run)
-    write("statistics", images, output, *arguments)
+    """,
+}
 
 
-def write(
-    what: Literal["features", "statistics"],
-    images: str,
-    output: str,
-    inception: str | None,
-    dinov2: str | None,
-    purpose: Literal["generation", "reconstruction"],
-    batch_size: int,
-    devices: int | None,
-    nnodes: int,
-    node_rank: int,
-    rdzv: str | None,
-    dry_run: bool,
-) -> None:
-    """Check what can be checked here, and start the stage."""
+def writing(what: Literal["features", "statistics"]) -> Callable[..., None]:
+    """The command that writes one or the other: both have one signature."""
+
+    def command(
+        images: ImagesArg,
+        output: OutArg,
+        inception: InceptionOpt = None,
+        dinov2: Dinov2Opt = None,
+        purpose: PurposeOpt = "generation",
+        batch_size: BatchSizeOpt = 64,
+        devices: DevicesOpt = None,
+        nnodes: NnodesOpt = 1,
+        node_rank: NodeRankOpt = 0,
+        rdzv: RdzvOpt = None,
+        dry_run: DryRunOpt = False,
+    ) -> None:
+        from raecli.launch import LaunchOptions, start
+        from raecli.metrics.inception_file import find_inception
+        from raecli.recipe.recipes import EvaluateRecipe
+
+        check_paths(images, output)
+        find_inception(inception)
+        recipe = EvaluateRecipe(
+            stage="eval",
+            metrics=(),
+            write=what,
+            kind=purpose,
+            samples=images,
+            inception=inception,
+            dinov2=dinov2,
+            batch_size=batch_size,
+            output=output,
+        )
+        start("eval", recipe, LaunchOptions(devices, nnodes, node_rank, rdzv, COLLECTIVE_SECONDS), dry_run=dry_run)
+
+    return command
+
+
+def check_paths(images: str, output: str) -> None:
+    """Refuse images that are not there, and a file that cannot be written."""
     from raecli.errors import InputError, UsageError
-    from raecli.launch import LaunchOptions, start
-    from raecli.metrics.inception_file import find_inception
-    from raecli.recipe.recipes import EvaluateRecipe
 
     if not Path(images).exists():
         raise InputError(f"{images}: no such file or folder")
@@ -101,16 +94,3 @@ def write(
         raise UsageError(f"{output}: its name has to end in .npz")
     if not Path(output).absolute().parent.is_dir():
         raise UsageError(f"{output}: no such folder to write in; make it first")
-    find_inception(inception)
-    recipe = EvaluateRecipe(
-        stage="eval",
-        metrics=(),
-        write=what,
-        kind=purpose,
-        samples=images,
-        inception=inception,
-        dinov2=dinov2,
-        batch_size=batch_size,
-        output=output,
-    )
-    start("eval", recipe, LaunchOptions(devices, nnodes, node_rank, rdzv, COLLECTIVE_SECONDS), dry_run=dry_run)
