@@ -1,10 +1,15 @@
 """`rae train-decoder` and `rae train-diffusion`."""
 
-from typing import Annotated
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from raecli.cli.options import DevicesOpt, DryRunOpt, NnodesOpt, NodeRankOpt, OverridesArg, RdzvOpt, TimeoutOpt
+
+if TYPE_CHECKING:
+    from raecli.recipe.recipes import TrainDecoderRecipe
 
 RecipeArg = Annotated[str, typer.Argument(metavar="RECIPE", help="A recipe file, or the name of a shipped one.")]
 
@@ -39,6 +44,7 @@ def train_decoder(
         from raecli.store.resolve import check_decoder
 
         spec = check_decoder(spec, read_manifest(spec.cache))
+    check_networks(spec, dry_run)
     check_tracking(spec.tracking)
     start("train-decoder", spec, LaunchOptions(devices, nnodes, node_rank, rdzv, timeout), dry_run=dry_run)
 
@@ -84,9 +90,57 @@ def train_diffusion(
 
 def is_absent(cache: str) -> bool:
     """Whether the cache is yet to be made: a plan may be looked at before. Told on stderr."""
-    from pathlib import Path
-
     if Path(cache).exists():
         return False
     typer.echo(f"plan: {cache} is not there yet, so the recipe is shown without what the cache would tell", err=True)
     return True
+
+
+def check_networks(recipe: "TrainDecoderRecipe", dry_run: bool) -> None:
+    """Refuse frozen networks whose files are not on this machine, all in one message; of a plan they are told alone."""
+    from raecli.errors import UsageError
+
+    absent = []
+    for find in networks_of(recipe):
+        try:
+            find()
+        except UsageError as error:
+            absent.append(str(error))
+    if absent and not dry_run:
+        raise UsageError("\n".join(absent))
+    for text in absent:
+        typer.echo(f"plan: missing: {text}", err=True)
+
+
+def networks_of(recipe: "TrainDecoderRecipe") -> list[Callable[[], object]]:
+    """What looks for the file of each frozen network that the recipe names, and raises where it is not."""
+    from raecli.metrics.inception_file import find_inception
+    from raecli.metrics.lpips_file import locate_vgg
+    from raecli.models.discriminator_file import find_backbone
+
+    loss, adversarial, validation = recipe.loss, recipe.adversarial, recipe.validation
+    found: list[Callable[[], object]] = []
+    if loss.perceptual == "lpips":
+        found.append(lambda: locate_vgg(loss.perceptual_weights, "loss.perceptual_weights"))
+    if loss.perceptual == "features":
+        found.append(lambda: require_file("loss.perceptual_weights", loss.perceptual_weights))
+    if adversarial is not None:
+        found.append(lambda: find_backbone(adversarial.backbone))
+    if validation is None:
+        return found
+    told = validation.metrics or ()  # without them, what is here is measured
+    if "lpips" in told or validation.lpips_weights:
+        found.append(lambda: locate_vgg(validation.lpips_weights, "validation.lpips_weights"))
+    if validation.features and validation.features.endswith(".safetensors"):
+        found.append(lambda: require_file("validation.features", validation.features))
+    elif not validation.features and ("rfid" in told or validation.inception):
+        found.append(lambda: find_inception(validation.inception))
+    return found
+
+
+def require_file(key: str, path: str | None) -> None:
+    """Refuse a file that a key names and that is not there."""
+    from raecli.errors import UsageError
+
+    if path is None or not Path(path).is_file():
+        raise UsageError(f"{key}: {path} is not there; bring the file, or name another")

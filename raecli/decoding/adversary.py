@@ -9,7 +9,8 @@ from torch import Tensor
 from raecli.decoding.learner import Learner, Part
 from raecli.losses.adversarial import generator_loss, hinge_loss
 from raecli.losses.augment import diff_augment
-from raecli.models.discriminator import Discriminator, find_backbone, load_backbone
+from raecli.models.discriminator import Discriminator, load_backbone
+from raecli.models.discriminator_file import find_backbone
 from raecli.recipe.blocks import AdversarialSpec
 from raecli.recipe.recipes import TrainDecoderRecipe
 from raecli.recipe.spec import duration_in_steps

@@ -10,13 +10,13 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from raecli.errors import CheckpointError, UsageError
+from raecli.errors import CheckpointError
+from raecli.models.discriminator_file import REPOSITORY
 from raecli.models.encoder_weights import load_exactly, match_keys, read_weights
 
 if TYPE_CHECKING:
     from timm.models.vision_transformer import VisionTransformer  # slow to import: where it is built
 
-REPOSITORY, WEIGHTS_FILE = "timm/vit_small_patch8_224.dino", "model.safetensors"
 UNUSED = re.compile(r"(norm|head|fc)\.")  # after the last block: the heads read the blocks
 CHANNELS_A_HEAD = 64  # of the attention of every DINO
 TAPS = 4  # blocks 2, 5, 8, 11 of 12: the last of each quarter
@@ -203,24 +203,6 @@ class Discriminator(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """images: [B, 3, H, W] in [-1, 1] -> scores [B, 5 L]."""
         return torch.cat([head(tokens) for head, tokens in zip(self.heads, self.backbone(images), strict=True)], dim=1)
-
-
-def find_backbone(path: str | None) -> Path:
-    """The weights of the frozen network: a given file, or DINO ViT-S/8 in the Hugging Face cache. Asks no network."""
-    from huggingface_hub import try_to_load_from_cache
-
-    if path is None:
-        cached = try_to_load_from_cache(REPOSITORY, WEIGHTS_FILE)
-        if isinstance(cached, str):
-            return Path(cached)
-    elif Path(path).is_file():
-        return Path(path)
-    found = "is not in the Hugging Face cache" if path is None else f"is not at {path}"
-    raise UsageError(
-        f"the discriminator's frozen DINO ViT-S/8 {found}: run `rae fetch disc-dino-s8` where there is network, or "
-        f"bring {WEIGHTS_FILE} of {REPOSITORY}, and name the file in adversarial.backbone; adversarial=null trains "
-        "without a discriminator"
-    )
 
 
 def load_backbone(path: Path) -> Backbone:

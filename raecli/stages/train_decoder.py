@@ -23,7 +23,8 @@ from raecli.losses.reconstruction import load_lpips
 from raecli.metrics.lpips_file import locate_vgg
 from raecli.models.build import decoder_of, encoder_of
 from raecli.models.classifier import load_classifier
-from raecli.models.discriminator import find_backbone, load_backbone
+from raecli.models.discriminator import load_backbone
+from raecli.models.discriminator_file import find_backbone
 from raecli.models.flops import decoder_macs
 from raecli.models.load import located
 from raecli.recipe.recipes import TrainDecoderRecipe

@@ -21,9 +21,9 @@ from raecli.models.discriminator import (
     Head,
     InstanceNorm,
     SpectralConv1d,
-    find_backbone,
     load_backbone,
 )
+from raecli.models.discriminator_file import find_backbone
 
 
 def tiny() -> VisionTransformer:
