@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from raecli.errors import UsageError
+from raecli.recipe.blocks import AdversarialSpec
 from raecli.recipe.recipes import (
     EncodeCacheRecipe,
     ReconstructRecipe,
@@ -82,8 +83,15 @@ def model_lines(recipe: TrainDiffusionRecipe | TrainDecoderRecipe) -> list[str]:
         else:
             decoder = decoder_of(recipe.decoder, read_manifest(recipe.cache).encoder)
             count = sum(parameter.numel() for parameter in decoder.parameters())
+    state = f"{count} parameters; {count * STATE_BYTES / 2**30:.2f} GiB a rank for weights, gradients, Adam and average"
+    if isinstance(recipe, TrainDiffusionRecipe) or recipe.adversarial is None:
+        return [state]
+    cost = discriminator_cost(recipe.adversarial)
     return [
-        f"{count} parameters; {count * STATE_BYTES / 2**30:.2f} GiB a rank for weights, gradients, Adam and average"
+        state,
+        f"discriminator: {cost['discriminator_parameters_trained']} parameters trained, "
+        f"{cost['discriminator_parameters_frozen']} frozen; "
+        f"{cost['discriminator_executed_gflop_forward']:.2f} GFLOP a forward of one image",
     ]
 
 
@@ -157,7 +165,37 @@ def decoder_cost(recipe: TrainDecoderRecipe, peak_tflops: float) -> dict[str, An
         count = sum(tensor.numel() for tensor in [*decoder.parameters(), *decoder.buffers()])
     macs = decoder_macs(**sizes)
     bound = peak_tflops * 1e12 / (3 * 2 * macs.executed)
-    return {"sizes": f"{channels} x {side} x {side} ({note})", **shared_cost(count, macs, bound)}
+    cost = {"sizes": f"{channels} x {side} x {side} ({note})", **shared_cost(count, macs, bound)}
+    return cost | (discriminator_cost(recipe.adversarial) if recipe.adversarial else {})
+
+
+def discriminator_cost(spec: AdversarialSpec) -> dict[str, Any]:
+    """A discriminator's: of DINO ViT-S/8 unless another backbone's file is there. FACTS section 4."""
+    import torch
+
+    from raecli.models.discriminator import KERNEL, Backbone, Discriminator, load_backbone, transformer
+    from raecli.models.discriminator_file import find_backbone
+    from raecli.models.flops import discriminator_macs
+
+    there = spec.backbone is not None and Path(spec.backbone).is_file()
+    with torch.device("meta"):
+        backbone = load_backbone(find_backbone(spec.backbone)) if there else Backbone(transformer())
+        discriminator = Discriminator(backbone, norm=spec.discriminator_norm)
+    network = backbone.network
+    macs = discriminator_macs(
+        tokens_side=network.patch_embed.grid_size[0],
+        patch_size=network.patch_embed.patch_size[0],
+        width=network.embed_dim,
+        depth=len(network.blocks),
+        heads=len(discriminator.heads),
+        kernel=KERNEL,
+    )
+    return {
+        "discriminator_parameters_trained": sum(tensor.numel() for tensor in discriminator.heads.parameters()),
+        "discriminator_parameters_frozen": sum(tensor.numel() for tensor in backbone.parameters()),
+        "discriminator_paper_gflops": macs.paper / 1e9,
+        "discriminator_executed_gflop_forward": 2 * macs.executed / 1e9,
+    }
 
 
 def shared_cost(parameters: int, macs: "Macs", bound: float) -> dict[str, Any]:

@@ -226,12 +226,17 @@ def plain_transformer(weights: dict[str, Tensor], path: Path) -> "VisionTransfor
             f"{path}: no plain vision transformer in timm's layout of at least {TAPS} blocks; bring {REPOSITORY}'s "
             "file, or convert the released one with rae convert --kind discriminator"
         )
-    width, size = patch.shape[0], patch.shape[-1]
+    side = math.isqrt(positions.shape[1] - 1)
+    return transformer(width=patch.shape[0], depth=len(blocks), patch_size=patch.shape[-1], tokens_side=side)
+
+
+def transformer(*, width: int = 384, depth: int = 12, patch_size: int = 8, tokens_side: int = 28) -> VisionTransformer:
+    """A plain vision transformer without its last LayerNorm; DINO's ViT-S/8 unless told otherwise."""
     network = VisionTransformer(
-        img_size=math.isqrt(positions.shape[1] - 1) * size,
-        patch_size=size,
+        img_size=tokens_side * patch_size,
+        patch_size=patch_size,
         embed_dim=width,
-        depth=len(blocks),
+        depth=depth,
         num_heads=max(1, width // CHANNELS_A_HEAD),
         num_classes=0,
         global_pool="",

@@ -87,6 +87,20 @@ def decoder_macs(
     return vit_macs(tokens=tokens, width=width, depth=depth, mlp_width=mlp_width) + Macs(ends, ends)
 
 
+def discriminator_macs(*, tokens_side: int, patch_size: int, width: int, depth: int, heads: int, kernel: int) -> Macs:
+    """The frozen ViT of a discriminator and its heads: convolutions of 1, of `kernel` and of 1 over the patches."""
+    frozen = encoder_macs(
+        tokens_side=tokens_side,
+        prefix_tokens=1,
+        width=width,
+        depth=depth,
+        mlp_width=4 * width,
+        patch_size=patch_size,
+    )
+    trained = heads * tokens_side**2 * ((1 + kernel) * width**2 + width)
+    return frozen + Macs(trained, trained)
+
+
 def encoder_macs(
     *, tokens_side: int, prefix_tokens: int, width: int, depth: int, mlp_width: int, patch_size: int
 ) -> Macs:
