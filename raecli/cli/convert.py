@@ -42,7 +42,7 @@ def convert(
 
       rae convert stage2_model.pt artifacts/dith-xl --encoder dinov2-b
 
-      rae convert model.pt artifacts/decoder --encoder dinov2-b --statistics stat.pt
+      rae convert model.pt decoder/ --encoder dinov2-b --statistics stat.pt
 
       rae convert RAE-dinov2-wReg-base-ViTXL-n08/ artifacts/rae
 

@@ -9,9 +9,9 @@ from raecli.cli.options import DevicesOpt, DryRunOpt, NnodesOpt, NodeRankOpt, Rd
 
 EPILOG = """Examples:\n
   rae encode-cache --encoder dinov2-b imagenet/train latents/imagenet256\n
-  rae encode-cache --encoder dinov2-b --views center+flip --devices 8 shards/ latents/\n
-  rae encode-cache --encoder ./my-hf-folder --image-size 512 photos/ latents/photos\n
-  rae encode-cache --encoder sdvae:sd-vae-ft-mse imagenet/train latents/imagenet256-sdvae\n
+  rae encode-cache --encoder dinov2-b --views center+flip shards/ latents/\n
+  rae encode-cache --encoder ./my-hf-folder --image-size 512 photos/ out/\n
+  rae encode-cache --encoder sdvae:sd-vae-ft-mse imagenet/train latents/sd\n
 Started again, it makes only what is missing."""
 
 

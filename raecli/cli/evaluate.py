@@ -75,15 +75,19 @@ HELP = {
 
     Mean and covariance are streamed in float64, so the figure depends on neither batch size nor number of devices.
 
+    Examples:
+
     \b
-    rae eval fid samples/ --ref adm_ref.npz            ADM's reference batch, Inception
-    rae eval fid samples/ --ref images/ --json         against a folder of images
-    rae eval fid samples/ --ref test/ --features judge.safetensors
+      rae eval fid samples/ --ref adm_ref.npz    ADM's reference batch, Inception
+      rae eval fid samples/ --ref images/ --json  against a folder of images
+      rae eval fid samples/ --ref test/ --features judge.safetensors
     """,
     "sfid": """Frechet distance of Inception's spatial features (sFID): 7 channels of mixed_6, 17 x 17 places.
 
+    Examples:
+
     \b
-    rae eval sfid samples.npz --ref VIRTUAL_imagenet256_labeled.npz
+      rae eval sfid samples.npz --ref VIRTUAL_imagenet256_labeled.npz
     """,
     "is": """Inception Score, over consecutive splits of 5000. Takes no reference.
 
@@ -91,34 +95,44 @@ HELP = {
 
     Samples sorted by class score far too low: they are told of, where labels or class folders tell.
 
+    Examples:
+
     \b
-    rae eval is samples/
+      rae eval is samples/
     """,
     "precision-recall": """Improved precision and recall, by third neighbours in the pooled features.
 
     precision and recall are of float32 distances, precision_float16 and recall_float16 as ADM's evaluator rounds on
     a GPU; --pr-precision adm makes those the figures. A reference needs images or features, not statistics alone.
 
+    Examples:
+
     \b
-    rae eval precision-recall samples.npz --ref VIRTUAL_imagenet256_labeled.npz --pr-precision adm
+      rae eval precision-recall samples.npz --ref adm_ref.npz --pr-precision adm
     """,
     "kid": """Kernel Inception Distance (KID): 100 subsets of 1000 in the pooled features.
 
     Subsets are drawn by position with a fixed seed: another order of the samples moves it within its deviation.
 
+    Examples:
+
     \b
-    rae eval kid samples/ --ref images/
+      rae eval kid samples/ --ref images/
     """,
     "fdd": """Frechet distance of DINOv2's class tokens (FDD). It favours autoencoders on DINOv2: read it beside FID.
 
+    Examples:
+
     \b
-    rae eval fdd samples/ --ref images/ --dinov2 dinov2_vitl14_pretrain.pth
+      rae eval fdd samples/ --ref images/ --dinov2 dinov2_vitl14_pretrain.pth
     """,
     "all": """All of these, Inception's in one pass; where one cannot be had, it says why.
 
+    Examples:
+
     \b
-    rae eval all samples.npz --ref VIRTUAL_imagenet256_labeled.npz --out report.json
-    rae eval all sample_features.npz --ref reference_features.npz --json
+      rae eval all samples.npz --ref adm_ref.npz --out report.json
+      rae eval all sample_features.npz --ref reference_features.npz --json
     """,
 }
 
@@ -191,8 +205,10 @@ def accuracy(
 
     The class asked for is told by samples.json, which `rae sample` writes, or by class folders.
 
+    Examples:
+
     \b
-    rae eval accuracy samples/ --classifier judge.safetensors
+      rae eval accuracy samples/ --classifier judge.safetensors
     """
     from raecli.launch import LaunchOptions
     from raecli.recipe.recipes import EvaluateRecipe

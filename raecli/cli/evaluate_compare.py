@@ -14,8 +14,10 @@ def compare(
 ) -> None:
     """Show what differs between two reports: their protocols first, then their figures. Ends with 0 either way.
 
+    Examples:
+
     \b
-    rae eval compare monday.json tuesday.json
+      rae eval compare monday.json tuesday.json
     """
     import json
 

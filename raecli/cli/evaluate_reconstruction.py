@@ -48,9 +48,11 @@ def reconstruction(
     Pairs are matched by name; images are cropped as the reconstructions' protocol says. The figures depend on neither
     batch size, order nor number of devices.
 
+    Examples:
+
     \b
-    rae eval reconstruction imagenet/val recon/ --devices 8
-    rae eval reconstruction test/ recon/ --features judge.safetensors --metrics rfid,psnr,ssim
+      rae eval reconstruction imagenet/val recon/ --devices 8
+      rae eval reconstruction test/ recon/ --metrics psnr,ssim
     """
     from raecli.errors import InputError, UsageError
     from raecli.launch import LaunchOptions, start

@@ -31,17 +31,21 @@ HELP: dict[Literal["features", "statistics"], str] = {
 
     float32, 20 kB an image. The file stands for the images in every metric but accuracy.
 
+    Examples:
+
     \b
-    rae eval features samples/ sample_features.npz
-    rae eval all sample_features.npz --ref adm_ref.npz
+      rae eval features samples/ sample_features.npz
+      rae eval all sample_features.npz --ref adm_ref.npz
     """,
     "statistics": """Write mean and covariance of Inception's features, with ADM's names: mu, sigma, mu_s, sigma_s.
 
     A reference for fid and sfid; precision, recall and kid need images or features.
 
+    Examples:
+
     \b
-    rae eval statistics imagenet/train/ train_statistics.npz --devices 8
-    rae eval fid samples/ --ref train_statistics.npz
+      rae eval statistics imagenet/train/ train_statistics.npz --devices 8
+      rae eval fid samples/ --ref train_statistics.npz
     """,
 }
 

@@ -15,8 +15,8 @@ PeakOpt = Annotated[float, typer.Option("--peak", help="TFLOP/s of the device: a
 def flops(recipe: RecipeArg, overrides: OverridesArg = None, peak: PeakOpt = 790.0, as_json: JsonOpt = False) -> None:
     """Count what a recipe's model costs: parameters, FLOPs in two conventions, memory, and bounds on speed.
 
-    Where the recipe leaves sizes to a cache that is not there yet, those of its encoder's preset are taken (or
-    DINOv2-B's at 256 pixels: 768 channels, 16 x 16, 1000 classes) and it is said.
+    Where the recipe leaves sizes to a cache that is not there yet, those of DINOv2-B at 256 pixels are assumed (768
+    channels, 16 x 16, 1000 classes), and it is said. A discriminator is counted beside its decoder.
 
     Examples:
 

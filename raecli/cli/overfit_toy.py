@@ -137,14 +137,15 @@ def overfit_toy(
     Overfits the latent of one photograph with models of several widths d, and holds each loss against the bound
     (n - d)/n that no depth, learning rate or time distribution can pass. What is proved: docs/theory.md.
 
+    Examples:
+
     \b
-    rae overfit-toy                               six widths around n = 64, about a minute on a CPU
-    rae overfit-toy --width 384..896              the paper's widths around n = 768
-    rae overfit-toy --width 48 --depth 1,2,6      depth does not help
-    rae overfit-toy --width 32 --head 96x2        a wide head does
-    rae overfit-toy --grid                        Table 3, scaled down on a CPU
-    rae overfit-toy --encoder dinov2-b --image a.jpg --image b.jpg --seeds 3
-    """
+      rae overfit-toy                           six widths around n = 64, a minute
+      rae overfit-toy --width 384..896          the paper's widths around n = 768
+      rae overfit-toy --width 48 --depth 1,2,6  depth does not help
+      rae overfit-toy --width 32 --head 96x2    a wide head does
+      rae overfit-toy --grid                    Table 3, scaled down on a CPU
+      rae overfit-toy --encoder dinov2-b --image a.jpg --image b.jpg --seeds 3"""
     from raecli.launch import LaunchOptions, start
 
     refuse_both({"--encoder": encoder, "--autoencoder": autoencoder, "--channels": channels})

@@ -29,9 +29,11 @@ def probe(
 
     All samples at once by L-BFGS on standardised features; the L2 weight is the best of six on held-out samples.
 
+    Examples:
+
     \b
-    rae eval probe latents/train --val latents/val
-    rae eval probe latents/digits --features tokens --json
+      rae eval probe latents/train --val latents/val
+      rae eval probe latents/digits --features tokens --json
     """
     require_folder(out)
     from raecli.evaluation.probe import probe as measure
@@ -61,8 +63,10 @@ def tsne(
 ) -> None:
     """Picture of cached latents by t-SNE, pooled tokens, a colour a class (Figure 17).
 
+    Examples:
+
     \b
-    rae eval tsne latents/digits tsne.png
+      rae eval tsne latents/digits tsne.png
     """
     require_folder(out)
     from raecli.evaluation.tsne import tsne as draw

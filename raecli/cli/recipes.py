@@ -61,7 +61,9 @@ def show(name: NameArgument) -> None:
 @app.command("cp")
 def copy(
     name: NameArgument,
-    destination: Annotated[str, typer.Argument(metavar="[DEST]", help="A file or a folder [default: here].")] = ".",
+    destination: Annotated[
+        str, typer.Argument(metavar="[DEST]", help="A file or a folder [default: here].", show_default=False)
+    ] = ".",
     force: Annotated[bool, typer.Option("--force", help="Overwrite a file that is there.")] = False,
 ) -> None:
     """Copy a shipped recipe here, or to DEST, to edit it.
@@ -91,7 +93,7 @@ def copy(
 @app.command("validate")
 def validate(
     paths_and_overrides: Annotated[
-        list[str], typer.Argument(metavar="RECIPE|KEY=VALUE", help="Files or shipped names; overrides.")
+        list[str], typer.Argument(metavar="RECIPE... [KEY=VALUE]...", help="Files or shipped names; overrides.")
     ],
 ) -> None:
     """Check recipes and tell all that is wrong with them.

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from raecli.cli.options import DevicesOpt, DryRunOpt, JsonOpt, NnodesOpt, NodeRankOpt, RdzvOpt, TimeoutOpt
+from raecli.cli.options import DevicesOpt, DryRunOpt, NnodesOpt, NodeRankOpt, RdzvOpt, TimeoutOpt
 
 if TYPE_CHECKING:
     from raecli.recipe.recipes import SampleRecipe
@@ -86,7 +86,7 @@ def sample(
     ref: Annotated[str | None, typer.Option("--ref", metavar="REF", help="Of a sweep: as of rae eval fid.")] = None,
     features: FeaturesOpt = None,
     inception: Annotated[str | None, typer.Option(metavar="FILE", help="Of a sweep: Inception's weights.")] = None,
-    as_json: JsonOpt = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Of a sweep: print its table as JSON on stdout.")] = False,
     devices: DevicesOpt = None,
     nnodes: NnodesOpt = 1,
     node_rank: NodeRankOpt = 0,
@@ -98,11 +98,11 @@ def sample(
 
     Examples:
 
-      rae sample runs/dith_xl samples/ --autoencoder runs/decoder_xl_dinov2b --num 50000 --format npz
+      rae sample runs/dith_xl samples/ -a runs/decoder --num 50000 --format npz
 
       rae sample sample_dith_xl_256_autoguidance --devices 8
 
-      rae sample runs/dith_xl sweep/ -a runs/decoder -n 10000 --guidance-sweep 1.0,1.2,1.5 --ref adm_ref.npz
+      rae sample runs/a sweep/ -a runs/b --guidance-sweep 1,1.2,1.5 --ref r.npz
     """
     from raecli.launch import LaunchOptions, start
 

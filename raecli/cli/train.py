@@ -65,7 +65,7 @@ def train_diffusion(
 
       rae train-diffusion recipes/dith_xl.yaml --devices 8
 
-      rae train-diffusion recipes/dith_s.yaml cache=latents/mine batch_size=256 output=runs/mine
+      rae train-diffusion dith_s cache=latents/mine output=runs/mine
     """
     from raecli.launch import LaunchOptions, start
     from raecli.recipe.load import load_recipe
