@@ -153,10 +153,3 @@ def shared(places: list[tuple[int, int]], share: Share) -> Iterator[tuple[int, i
     """This rank's tiles."""
     rank, world = share
     yield from places[rank::world]
-
-
-def precision_and_recall(samples: Rows, reference: Rows, precision: PrPrecision) -> tuple[float, float]:
-    """Both figures of two sets of features [N, D] and [M, D], at least 4 points each, on one process."""
-    own, other = (radii(nearest_distances(side, precision)[None]) for side in (samples, reference))
-    found = covered(samples, reference, own, other, precision)
-    return found.samples.double().mean().item(), found.reference.double().mean().item()

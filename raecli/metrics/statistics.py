@@ -129,13 +129,8 @@ SEMI_DEFINITE = 1e-5  # of the trace: an eigenvalue below minus this is no round
 SUFFIXES = {"pool": "", "spatial": "_s", "dinov2": "_d"}  # of mu and sigma in an npz, by layer; the first two are ADM's
 
 
-def save_moments(path: Path, moments: Moments) -> None:
-    """Write an npz with n, mu, sigma (ADM's names) and provenance (JSON text); complete or absent."""
-    save_statistics(path, {"pool": moments}, moments.provenance)
-
-
 def save_statistics(path: Path, layers: dict[str, Moments], provenance: dict[str, Any]) -> None:
-    """Write the Gaussians of several layers of one set of images: n, mu, sigma, mu_s, sigma_s ..., provenance."""
+    """Write several layers' Gaussians of one set of images: n, mu, sigma, mu_s ..., provenance; complete or absent."""
     arrays = {}
     for layer, moments in layers.items():
         arrays[f"mu{SUFFIXES[layer]}"] = moments.mean.cpu().numpy()

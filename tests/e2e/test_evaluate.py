@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 from raecli.errors import CheckpointError, InputError, NonFiniteError, UsageError
-from raecli.metrics.statistics import Moments, save_moments
+from raecli.metrics.statistics import Moments, save_statistics
 from raecli.models.build import encoder_of
 from raecli.models.classifier import Classifier, load_classifier, save_classifier
 from raecli.recipe.recipes import EvaluateRecipe
@@ -143,7 +143,7 @@ def test_statistics_of_another_network_are_not_used(files, capsys):
 def test_statistics_of_the_same_kind_of_network_with_other_weights_are_not_used(files, capsys):
     told = {"features": {"name": "classifier", "sha256": "0" * 64}}
     eye = torch.eye(WIDTH, dtype=torch.float64)
-    save_moments(files / "other.npz", Moments(eye[0], eye, 9, told))
+    save_statistics(files / "other.npz", {"pool": Moments(eye[0], eye, 9)}, told)
     with pytest.raises(InputError, match="another feature network"):
         fid_of(files, capsys, reference="other.npz")
 

@@ -14,7 +14,7 @@ from raecli.errors import InputError, NonFiniteError, UsageError
 from raecli.evaluation.compare import comparison, comparison_table, read_report
 from raecli.evaluation.sides import open_side
 from raecli.metrics.feature_file import FeatureFile, FileRows
-from raecli.metrics.statistics import Moments, save_moments, save_statistics
+from raecli.metrics.statistics import Moments, save_statistics
 from raecli.models.classifier import Classifier, save_classifier
 from raecli.recipe.recipes import EvaluateRecipe
 from raecli.stages import evaluate
@@ -182,7 +182,8 @@ def test_features_and_statistics_of_another_network_are_refused(tmp_path):
     with pytest.raises(InputError, match="extract both with one network"):
         report_of(tmp_path, ours, other, ("fid",))
     eye = torch.eye(6, dtype=torch.float64)
-    save_moments(tmp_path / "s.npz", Moments(eye[0], eye, 9, {"features": {"name": "classifier", "sha256": "c" * 64}}))
+    told = {"features": {"name": "classifier", "sha256": "c" * 64}}
+    save_statistics(tmp_path / "s.npz", {"pool": Moments(eye[0], eye, 9)}, told)
     with pytest.raises(InputError, match="another feature network"):
         report_of(tmp_path, ours, tmp_path / "s.npz", ("fid",))
 

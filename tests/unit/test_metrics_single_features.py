@@ -10,8 +10,15 @@ from raecli.errors import NonFiniteError
 from raecli.metrics import manifold
 from raecli.metrics.inception_score import InceptionScore
 from raecli.metrics.kid import kernel_distance
-from raecli.metrics.manifold import covered, nearest_distances, precision_and_recall, radii
+from raecli.metrics.manifold import PrPrecision, Rows, covered, nearest_distances, radii
 from tests import adm_reference
+
+
+def precision_and_recall(samples: Rows, reference: Rows, precision: PrPrecision) -> tuple[float, float]:
+    """Both figures of two sets of features [N, D] and [M, D], at least 4 points each, on one process."""
+    own, other = (radii(nearest_distances(side, precision)[None]) for side in (samples, reference))
+    found = covered(samples, reference, own, other, precision)
+    return found.samples.double().mean().item(), found.reference.double().mean().item()
 
 
 def draw(*shape: int, seed: int) -> Tensor:

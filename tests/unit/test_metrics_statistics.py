@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from raecli.errors import InputError, NonFiniteError
-from raecli.metrics.statistics import FeatureStatistics, Moments, load_moments, merge_in_order, save_moments
+from raecli.metrics.statistics import FeatureStatistics, Moments, load_moments, merge_in_order, save_statistics
 
 FEATURES = torch.randn(103, 7, generator=torch.Generator().manual_seed(0), dtype=torch.float64) * 3 + 5
 
@@ -84,7 +84,7 @@ def test_one_sample_has_no_covariance():
 
 def test_saved_moments_come_back_bit_for_bit(tmp_path):
     moments = streamed(FEATURES, 10).moments({"features": {"name": "inception", "sha256": "ab"}})
-    save_moments(tmp_path / "statistics.npz", moments)
+    save_statistics(tmp_path / "statistics.npz", {"pool": moments}, moments.provenance)
     loaded = load_moments(tmp_path / "statistics.npz")
     assert isinstance(loaded, Moments)
     assert torch.equal(loaded.mean, moments.mean)
