@@ -41,14 +41,7 @@ def diffusion_into_rae(request: Request, source: Source) -> Report:
     except ValidationError as error:
         raise CheckpointError(f"{source.path}: {error.errors()[0]['msg']}") from None
     backbone_depth = spec.depth if spec.kind == "dit_dh" else None
-    with torch.device("meta"):
-        model = diffusion_of(spec)
-    tables = diffusion_tables(spec)
-    expected = to_official(model.state_dict(), backbone_depth=backbone_depth, patch_size=spec.patch_size, tables=tables)
-    check_layout(
-        source.weights, {n: v for n, v in expected.items() if n in source.weights or n not in tables}, source.path
-    )
-    check_tables(source.weights, tables, source.path)
+    tables = checked_tables(spec, source, backbone_depth)
     channels, side = sizes["in_channels"], sizes["input_size"]
     flow = FlowSpec(
         time_max=request.settings.get("time_max", 0.999),  # the release's
@@ -83,6 +76,18 @@ def diffusion_into_rae(request: Request, source: Source) -> Report:
         "weights": source.entry,
         "notes": [*source.notes, *([] if encoder else [UNKNOWN_ENCODER])],
     }
+
+
+def checked_tables(spec: DiffusionModelSpec, source: Source, backbone_depth: int | None) -> dict[str, Tensor]:
+    """The fixed tables of the released layout, the source held against them and against all of that layout."""
+    with torch.device("meta"):
+        model = diffusion_of(spec)
+    tables = diffusion_tables(spec)
+    expected = to_official(model.state_dict(), backbone_depth=backbone_depth, patch_size=spec.patch_size, tables=tables)
+    needed = {name: value for name, value in expected.items() if name in source.weights or name not in tables}
+    check_layout(source.weights, needed, source.path)
+    check_tables(source.weights, tables, source.path)
+    return tables
 
 
 UNKNOWN_ENCODER = "no --encoder is told, so rae sample can only compare shapes with the autoencoder's latents"
