@@ -1,5 +1,6 @@
 """Start a stage on its processes with torchrun's own engine, in this process; or join a torchrun already there."""
 
+import json
 import math
 import os
 import re
@@ -16,6 +17,7 @@ from typing import Any
 from raecli.console import end_if_caught
 from raecli.errors import ExitCode, Interrupted, Preempted, RaeError, UsageError, WorkerError
 from raecli.recipe.spec import Spec
+from raecli.training.result import PRINT_JSON
 
 SHUTDOWN_SECONDS = 120  # for workers to save after TERM, before they are killed
 
@@ -31,15 +33,16 @@ class LaunchOptions:
     timeout_seconds: float = 600.0  # of every collective
 
 
-def start(stage: str, recipe: Spec, launch: LaunchOptions, *, dry_run: bool = False) -> None:
-    """Run a stage by its resolved recipe; returns when all ranks are done.
+def start(stage: str, recipe: Spec, launch: LaunchOptions, *, dry_run: bool = False, as_json: bool = False) -> None:
+    """Run a stage by its resolved recipe; returns when all ranks are done. as_json: its result, or plan, on stdout.
 
     Raises the RaeError whose exit code the first failed worker ended with. The worker has said why on stderr.
     """
     check_options(launch)
     joined = joined_environment(os.environ)
+    os.environ[PRINT_JSON] = "1" if as_json else ""
     if dry_run:
-        print_plan(stage, recipe, launch)
+        print_plan(stage, recipe, launch, as_json)
         return
     if joined is not None:
         from raecli.stages.worker import ended, run_stage
@@ -264,14 +267,18 @@ def error_of_signal(number: signal.Signals, ends: Mapping[int, int]) -> RaeError
     return Preempted(f"stopped by {number.name}; run the same command to resume")
 
 
-def print_plan(stage: str, recipe: Spec, launch: LaunchOptions) -> None:
-    """What would run: the resolved recipe on stdout; sizes, steps, processes and the command on stderr."""
+def print_plan(stage: str, recipe: Spec, launch: LaunchOptions, as_json: bool) -> None:
+    """What would run: the resolved recipe on stdout; sizes, steps and the command on stderr, or beside it."""
     from raecli.plan import plan_lines
     from raecli.recipe.load import dump_recipe
 
-    print(dump_recipe(recipe), end="")
     devices = launch.devices or "every GPU, or one process on a CPU"
     command = shlex.join(argument for argument in sys.argv[1:] if argument != "--dry-run")
     lines = [f"stage {stage}; nodes {launch.nnodes}; processes a node: {devices}", *plan_lines(recipe)]
-    for line in [*lines, f"to run it: rae {command}"]:
+    lines.append(f"to run it: rae {command}")
+    if as_json:
+        print(json.dumps({"recipe": recipe.to_dict(), "plan": lines}, indent=2))
+        return
+    print(dump_recipe(recipe), end="")
+    for line in lines:
         print(f"plan: {line}", file=sys.stderr)

@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from raecli.cli.options import DevicesOpt, DryRunOpt, NnodesOpt, NodeRankOpt, RdzvOpt, TimeoutOpt
+from raecli.cli.options import DevicesOpt, DryRunOpt, JsonOpt, NnodesOpt, NodeRankOpt, RdzvOpt, TimeoutOpt
 
 EPILOG = """Examples:\n
   rae encode-cache --encoder dinov2-b imagenet/train latents/imagenet256\n
@@ -50,6 +50,7 @@ def encode_cache(
     rdzv: RdzvOpt = None,
     timeout: TimeoutOpt = 3600.0,
     dry_run: DryRunOpt = False,
+    as_json: JsonOpt = False,
 ) -> None:
     """Encode images with a frozen encoder into a latent cache."""
     from raecli.errors import InputError
@@ -80,7 +81,13 @@ def encode_cache(
             "join": join,
         },
     )
-    start("encode-cache", recipe, LaunchOptions(devices, nnodes, node_rank, rdzv, timeout), dry_run=dry_run)
+    start(
+        "encode-cache",
+        recipe,
+        LaunchOptions(devices, nnodes, node_rank, rdzv, timeout),
+        dry_run=dry_run,
+        as_json=as_json,
+    )
 
 
 encode_cache.__doc__ = f"{encode_cache.__doc__}\n\n{EPILOG}"

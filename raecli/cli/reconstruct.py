@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from raecli.cli.options import DevicesOpt, DryRunOpt, NnodesOpt, NodeRankOpt, RdzvOpt, TimeoutOpt
+from raecli.cli.options import DevicesOpt, DryRunOpt, JsonOpt, NnodesOpt, NodeRankOpt, RdzvOpt, TimeoutOpt
 
 
 def reconstruct(
@@ -30,6 +30,7 @@ def reconstruct(
     rdzv: RdzvOpt = None,
     timeout: TimeoutOpt = 3600.0,
     dry_run: DryRunOpt = False,
+    as_json: JsonOpt = False,
 ) -> None:
     """Encode images and decode them again, without noise. Started again, it makes only what is missing.
 
@@ -65,4 +66,10 @@ def reconstruct(
             "sheet": sheet,
         },
     )
-    start("reconstruct", recipe, LaunchOptions(devices, nnodes, node_rank, rdzv, timeout), dry_run=dry_run)
+    start(
+        "reconstruct",
+        recipe,
+        LaunchOptions(devices, nnodes, node_rank, rdzv, timeout),
+        dry_run=dry_run,
+        as_json=as_json,
+    )

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from raecli.cli.options import DevicesOpt, DryRunOpt, NnodesOpt, NodeRankOpt, RdzvOpt, TimeoutOpt
+from raecli.cli.options import DevicesOpt, DryRunOpt, JsonOpt, NnodesOpt, NodeRankOpt, RdzvOpt, TimeoutOpt
 
 if TYPE_CHECKING:
     from raecli.recipe.recipes import SampleRecipe
@@ -86,13 +86,13 @@ def sample(
     ref: Annotated[str | None, typer.Option("--ref", metavar="REF", help="Of a sweep: as of rae eval fid.")] = None,
     features: FeaturesOpt = None,
     inception: Annotated[str | None, typer.Option(metavar="FILE", help="Of a sweep: Inception's weights.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Of a sweep: print its table as JSON on stdout.")] = False,
     devices: DevicesOpt = None,
     nnodes: NnodesOpt = 1,
     node_rank: NodeRankOpt = 0,
     rdzv: RdzvOpt = None,
     timeout: TimeoutOpt = 3600.0,
     dry_run: DryRunOpt = False,
+    as_json: JsonOpt = False,
 ) -> None:
     """Generate images. Started again, it makes only what is missing.
 
@@ -133,11 +133,10 @@ def sample(
         "reference": ref,
         "features": features,
         "inception": inception,
-        "print_json": as_json or None,
     }
     recipe = recipe_of(model, rest or [], given(options), given(sweep))
     recipe = checked(recipe, dry_run)
-    start("sample", recipe, LaunchOptions(devices, nnodes, node_rank, rdzv, timeout), dry_run=dry_run)
+    start("sample", recipe, LaunchOptions(devices, nnodes, node_rank, rdzv, timeout), dry_run=dry_run, as_json=as_json)
 
 
 def given(options: dict[str, Any]) -> dict[str, Any]:
@@ -227,7 +226,7 @@ def check_sweep(sweep: dict[str, Any], with_autoencoder: bool) -> None:
     if not with_autoencoder:
         raise UsageError("--autoencoder is missing: a decoder run, its final/, a checkpoint; pixels; sdvae:FOLDER")
     if sweep and "scales" not in sweep:
-        raise UsageError("--interval-sweep, --ref, --features, --inception and --json belong to --guidance-sweep")
+        raise UsageError("--interval-sweep, --ref, --features and --inception belong to --guidance-sweep")
     if sweep and "reference" not in sweep:
         raise UsageError("--guidance-sweep measures what it makes: give --ref REF, a folder of images or an .npz")
 

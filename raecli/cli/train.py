@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from raecli.cli.options import DevicesOpt, DryRunOpt, NnodesOpt, NodeRankOpt, OverridesArg, RdzvOpt, TimeoutOpt
+from raecli.cli.options import DevicesOpt, DryRunOpt, JsonOpt, NnodesOpt, NodeRankOpt, OverridesArg, RdzvOpt, TimeoutOpt
 
 if TYPE_CHECKING:
     from raecli.recipe.recipes import TrainDecoderRecipe
@@ -23,6 +23,7 @@ def train_decoder(
     rdzv: RdzvOpt = None,
     timeout: TimeoutOpt = 600.0,
     dry_run: DryRunOpt = False,
+    as_json: JsonOpt = False,
 ) -> None:
     """Train a decoder that turns latents back into images. The same command again resumes.
 
@@ -46,7 +47,13 @@ def train_decoder(
         spec = check_decoder(spec, read_manifest(spec.cache))
     check_networks(spec, dry_run)
     check_tracking(spec.tracking)
-    start("train-decoder", spec, LaunchOptions(devices, nnodes, node_rank, rdzv, timeout), dry_run=dry_run)
+    start(
+        "train-decoder",
+        spec,
+        LaunchOptions(devices, nnodes, node_rank, rdzv, timeout),
+        dry_run=dry_run,
+        as_json=as_json,
+    )
 
 
 def train_diffusion(
@@ -58,6 +65,7 @@ def train_diffusion(
     rdzv: RdzvOpt = None,
     timeout: TimeoutOpt = 600.0,
     dry_run: DryRunOpt = False,
+    as_json: JsonOpt = False,
 ) -> None:
     """Train a diffusion transformer on cached latents. The same command again resumes.
 
@@ -85,7 +93,13 @@ def train_diffusion(
 
             check_generation(spec, manifest)
     check_tracking(spec.tracking)
-    start("train-diffusion", spec, LaunchOptions(devices, nnodes, node_rank, rdzv, timeout), dry_run=dry_run)
+    start(
+        "train-diffusion",
+        spec,
+        LaunchOptions(devices, nnodes, node_rank, rdzv, timeout),
+        dry_run=dry_run,
+        as_json=as_json,
+    )
 
 
 def is_absent(cache: str) -> bool:

@@ -42,6 +42,7 @@ from raecli.store.shards import READ_DTYPES, ShardWriter
 from raecli.store.statistics import STATISTICS, LatentSums
 from raecli.training.distributed import Ranks, decode_threads
 from raecli.training.progress import Progress
+from raecli.training.result import tell_result
 
 
 def run(recipe: EncodeCacheRecipe, ranks: Ranks) -> None:
@@ -73,7 +74,8 @@ def finish(job: Job, finished: Manifest | None, made: list[int]) -> None:
     """Write or check what ties the shards together, and say what there is. Of jobs that share, the last one does."""
     with one_at_a_time(job.output / TIE):
         if not all(is_done_by_any(job, shard, finished) for shard in range(job.shards)):
-            print(f"{job.output}: {len(made)} of {job.shards} shards made here; the jobs beside this one finish it")
+            told = f"{job.output}: {len(made)} of {job.shards} shards made here; the jobs beside this one finish it"
+            tell_result(told, {"output": str(job.output), "finished": False, "made": len(made), "shards": job.shards})
             return
         manifest = finished or finished_cache(job)
         if manifest is None:
@@ -84,7 +86,16 @@ def finish(job: Job, finished: Manifest | None, made: list[int]) -> None:
                 mend_tables(job, manifest)
         remove_records(job)
     shards, skipped = len(manifest.shards), len(manifest.skipped)
-    print(f"{job.output}: {manifest.samples} samples in {shards} shards, {skipped} images skipped")
+    tell_result(
+        f"{job.output}: {manifest.samples} samples in {shards} shards, {skipped} images skipped",
+        {
+            "output": str(job.output),
+            "finished": True,
+            "samples": manifest.samples,
+            "shards": shards,
+            "skipped": skipped,
+        },
+    )
 
 
 @dataclass(frozen=True)

@@ -42,6 +42,7 @@ from raecli.store.samples import is_whole_png, read_png, write_png
 from raecli.store.statistics import STATISTICS, LatentStatistics
 from raecli.training.distributed import Ranks, decode_threads
 from raecli.training.progress import Progress
+from raecli.training.result import tell_result
 
 BASELINE_SIZE = 256  # pixels a side, where neither an autoencoder nor --image-size tells
 
@@ -93,7 +94,9 @@ def run(recipe: ReconstructRecipe, ranks: Ranks) -> None:
         ranks.barrier()
         ranks.main_first(lambda: finish(job, folder, protocol))
         if ranks.is_main:
-            print(f"{folder}: {count} images of {job.output_size} pixels, by {recipe.autoencoder}")
+            told = f"{count} images of {job.output_size} pixels, by {recipe.autoencoder}"
+            facts = {"output": str(folder), "images": count, "pixels": job.output_size}
+            tell_result(f"{folder}: {told}", facts | {"autoencoder": recipe.autoencoder})
 
 
 def check_inputs(recipe: ReconstructRecipe) -> None:

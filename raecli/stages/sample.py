@@ -4,7 +4,6 @@ Image i is a function of (seed, i), of its label and of the models; batches are 
 and a restart makes only those that are not whole yet. A sweep does so for each guidance, in folders below.
 """
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +32,7 @@ from raecli.store.samples import (
     write_trajectory,
 )
 from raecli.training.distributed import Ranks
+from raecli.training.result import tell_result
 
 SWEEP, SWEEP_PLOT = "sweep.json", "sweep.png"
 
@@ -46,7 +46,9 @@ def run(recipe: SampleRecipe, ranks: Ranks) -> None:
     make_samples(recipe, models, ranks)
     if ranks.is_main:
         told = f"{recipe.num} images, {recipe.steps} steps of {recipe.solver}, guidance {recipe.guidance_scale}"
-        print(f"{recipe.output}: {told}")
+        protocol = read_json(Path(recipe.output) / PROTOCOL)
+        facts = {name: value for name, value in protocol.items() if name != "labels"}
+        tell_result(f"{recipe.output}: {told}", {"output": recipe.output, **facts})
 
 
 def make_samples(recipe: SampleRecipe, models: Models, ranks: Ranks) -> None:
@@ -114,7 +116,7 @@ def sweep(recipe: SampleRecipe, told: SweepSpec, models: Models, ranks: Ranks) -
                 write_json(folder / SWEEP, {"format": "rae-sweep", "version": 1, "rows": rows})
             ranks.barrier()
         if ranks.is_main:
-            print(json.dumps({"rows": rows}, indent=2) if told.print_json else sweep_table(rows))
+            tell_result(sweep_table(rows), {"rows": rows}, as_json=told.print_json)
             plot_sweep(rows, folder / SWEEP_PLOT)
 
 

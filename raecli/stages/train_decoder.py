@@ -40,6 +40,7 @@ from raecli.training.distributed import Ranks, check_batch, data_parallel, decod
 from raecli.training.ema import Ema
 from raecli.training.meter import Meter
 from raecli.training.optimizer import clip_gradients, optimizer_of, rate_at, set_learning_rate
+from raecli.training.result import tell_result
 from raecli.training.stopping import StopRequest
 
 ADVERSARY = "adversary."  # begins the keys of a checkpoint's optimizer.safetensors that are the adversary's
@@ -309,4 +310,5 @@ def finish(state: State, recipe: TrainDecoderRecipe, statistics: LatentStatistic
     )
     config, weights = config_of(state, recipe), state.ema.weights()
     folder = save_final(run_folder, weights=weights, statistics=statistics, config=config, card=card)
-    print(f"{folder}: {count} parameters, {state.step} steps")
+    facts = {"output": str(folder), "parameters": count, "steps": state.step}
+    tell_result(f"{folder}: {count} parameters, {state.step} steps", facts)

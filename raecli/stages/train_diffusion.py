@@ -35,6 +35,7 @@ from raecli.training.distributed import Ranks, check_batch, data_parallel, fully
 from raecli.training.ema import Ema
 from raecli.training.meter import Meter
 from raecli.training.optimizer import optimizer_of, rate_at, set_learning_rate, take_step
+from raecli.training.result import tell_result
 from raecli.training.stopping import StopRequest
 from raecli.training.verdict import Verdict
 
@@ -337,4 +338,5 @@ def finish(state: State, weights: dict[str, Tensor], recipe: TrainDiffusionRecip
     )
     config = config_of(state, recipe, cache)
     folder = save_final(run_folder, weights=weights, statistics=cache.statistics, config=config, card=card)
-    print(f"{folder}: {count} parameters, {state.step} steps")
+    facts = {"output": str(folder), "parameters": count, "steps": state.step}
+    tell_result(f"{folder}: {count} parameters, {state.step} steps", facts)
