@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from raecli.cli.options import DevicesOpt, DryRunOpt, NnodesOpt, NodeRankOpt, RdzvOpt
+from raecli.cli.options import DevicesOpt, DryRunOpt, JsonOpt, NnodesOpt, NodeRankOpt, RdzvOpt
 
 COLLECTIVE_SECONDS = 3600.0  # ranks meet once at the end; slices are equal, disks may not be
 
@@ -65,6 +65,7 @@ def writing(what: Literal["features", "statistics"]) -> Callable[..., None]:
         node_rank: NodeRankOpt = 0,
         rdzv: RdzvOpt = None,
         dry_run: DryRunOpt = False,
+        as_json: JsonOpt = False,
     ) -> None:
         from raecli.launch import LaunchOptions, start
         from raecli.metrics.inception_file import find_inception
@@ -83,7 +84,8 @@ def writing(what: Literal["features", "statistics"]) -> Callable[..., None]:
             batch_size=batch_size,
             output=output,
         )
-        start("eval", recipe, LaunchOptions(devices, nnodes, node_rank, rdzv, COLLECTIVE_SECONDS), dry_run=dry_run)
+        options = LaunchOptions(devices, nnodes, node_rank, rdzv, COLLECTIVE_SECONDS)
+        start("eval", recipe, options, dry_run=dry_run, as_json=as_json)
 
     return command
 

@@ -1,12 +1,15 @@
 """`rae plot`: curves of runs, out of their metrics.jsonl. No torch."""
 
 import difflib
+import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+
+from raecli.cli.options import JsonOpt
 
 KEYS = ("loss", "gradient_norm", "learning_rate", "images_per_second", "fid", "validation_rfid", "validation_psnr")
 TITLES = {
@@ -35,7 +38,8 @@ def plot(
     out: Annotated[
         str | None, typer.Option("--out", "-o", help="PNG, PDF or SVG [default: RUN/curves.png, or ./curves.png].")
     ] = None,
-    keys: Annotated[str | None, typer.Option(help="Keys of metrics.jsonl, e.g. loss,fid [default: the usual]")] = None,
+    keys: Annotated[str | None, typer.Option(help="Keys of metrics.jsonl, e.g. loss,fid [default: the usual].")] = None,
+    as_json: JsonOpt = False,
 ) -> None:
     """Draw the curves of one run, or of several beside each other: loss, learning rate, gradient norm, speed, FID.
 
@@ -58,7 +62,9 @@ def plot(
     except ImportError:
         raise UsageError("plot: matplotlib is missing; pip install 'raecli[plots]'") from None
     save(picture, path)
-    typer.echo(f"{path}: {', '.join(curves)} of {', '.join(labels_of(runs))}")
+    told = {"output": str(path), "curves": list(curves), "runs": labels_of(runs)}
+    line = f"{path}: {', '.join(curves)} of {', '.join(labels_of(runs))}"
+    typer.echo(json.dumps(told, indent=2) if as_json else line)
 
 
 def read_runs(runs: Sequence[str]) -> dict[str, list[dict[str, Any]]]:

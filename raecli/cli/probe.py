@@ -60,6 +60,7 @@ def tsne(
     classes: Annotated[int, typer.Option("--classes", help="Classes at most.", min=2)] = 100,
     perplexity: Annotated[float, typer.Option("--perplexity", help="t-SNE's: about how many near ones count.")] = 30.0,
     seed: Annotated[int, typer.Option("--seed", help="Of the choice and of t-SNE.", min=0, max=2**32 - 1)] = 0,
+    as_json: JsonOpt = False,
 ) -> None:
     """Picture of cached latents by t-SNE, pooled tokens, a colour a class (Figure 17).
 
@@ -72,9 +73,8 @@ def tsne(
     from raecli.evaluation.tsne import tsne as draw
 
     report = draw(latents, out, per_class, classes, perplexity, seed)
-    typer.echo(
-        f"{out}: {report['samples']} images of {report['classes']} classes, perplexity {perplexity:g}, seed {seed}"
-    )
+    line = f"{out}: {report['samples']} images of {report['classes']} classes, perplexity {perplexity:g}, seed {seed}"
+    typer.echo(json.dumps(report, indent=2) if as_json else line)
 
 
 def require_folder(out: str | None) -> None:

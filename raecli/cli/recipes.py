@@ -95,6 +95,7 @@ def validate(
     paths_and_overrides: Annotated[
         list[str], typer.Argument(metavar="RECIPE... [KEY=VALUE]...", help="Files or shipped names; overrides.")
     ],
+    as_json: JsonOpt = False,
 ) -> None:
     """Check recipes and tell all that is wrong with them.
 
@@ -113,14 +114,18 @@ def validate(
     paths = [word for word in paths_and_overrides if not is_override(word)]
     if not paths:
         raise UsageError("no recipe to check: give a file or the name of a shipped recipe before key=value")
-    complaints = []
+    complaints, good = [], {}
     for path in paths:
         try:
             spec = load_recipe(None, path, overrides)
         except UsageError as error:
             complaints.append(str(error))
         else:
-            typer.echo(f"{path}: ok, {spec.to_dict()['stage']}")
+            good[path] = spec.to_dict()["stage"]
+            if not as_json:
+                typer.echo(f"{path}: ok, {good[path]}")
+    if as_json:
+        typer.echo(json.dumps({"ok": good, "problems": complaints}, indent=2))
     if complaints:
         raise UsageError("\n".join(complaints))
 

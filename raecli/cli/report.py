@@ -1,9 +1,12 @@
 """`rae report`."""
 
+import json
 from pathlib import Path
 from typing import Annotated
 
 import typer
+
+from raecli.cli.options import JsonOpt
 
 
 def report(
@@ -17,6 +20,7 @@ def report(
     evaluations: Annotated[
         list[str] | None, typer.Option("--eval", help="A report.json of rae eval; may be repeated.")
     ] = None,
+    as_json: JsonOpt = False,
 ) -> None:
     """Write one HTML file about a run, or several: recipe, curves, samples over time, figures, checkpoints.
 
@@ -37,4 +41,6 @@ def report(
     if path.suffix not in (".html", ".htm"):
         raise UsageError(f"--out {path}: ends with .html")
     write_report(runs, path, samples or (), evaluations or ())
-    typer.echo(f"{path}: {path.stat().st_size / 1e6:.2f} MB")
+    size = path.stat().st_size
+    told = json.dumps({"output": str(path), "bytes": size, "runs": runs}, indent=2)
+    typer.echo(told if as_json else f"{path}: {size / 1e6:.2f} MB")

@@ -38,6 +38,7 @@ from raecli.evaluation.warnings import (
 from raecli.recipe.recipes import EvaluateRecipe
 from raecli.store.atomic import sha256_of
 from raecli.training.distributed import Ranks
+from raecli.training.result import tell_result
 
 
 def run(recipe: EvaluateRecipe, ranks: Ranks) -> None:
@@ -71,7 +72,9 @@ def write(recipe: EvaluateRecipe, ranks: Ranks) -> None:
     writer = write_features if recipe.write == "features" else write_statistics
     writer(Path(recipe.output), side.images, networks, told, recipe.batch_size, ranks)
     if ranks.is_main:
-        print(f"{recipe.output}: {recipe.write} of {len(side.images)} images")
+        count = len(side.images)
+        facts = {"output": recipe.output, "write": recipe.write, "images": count}
+        tell_result(f"{recipe.output}: {recipe.write} of {count} images", facts)
 
 
 def open_reference(recipe: EvaluateRecipe) -> Side | None:
