@@ -217,8 +217,6 @@ def load_backbone(path: Path) -> Backbone:
 
 def plain_transformer(weights: dict[str, Tensor], path: Path) -> "VisionTransformer":
     """A vision transformer of the sizes that the weights' shapes tell, without its last LayerNorm."""
-    from timm.models.vision_transformer import VisionTransformer
-
     patch, positions = weights.get("patch_embed.proj.weight"), weights.get("pos_embed")
     blocks = {int(found[1]) for name in weights if (found := re.match(r"blocks\.(\d+)\.", name))}
     if patch is None or patch.dim() != 4 or positions is None or positions.dim() != 3 or len(blocks) < TAPS:
@@ -230,8 +228,12 @@ def plain_transformer(weights: dict[str, Tensor], path: Path) -> "VisionTransfor
     return transformer(width=patch.shape[0], depth=len(blocks), patch_size=patch.shape[-1], tokens_side=side)
 
 
-def transformer(*, width: int = 384, depth: int = 12, patch_size: int = 8, tokens_side: int = 28) -> VisionTransformer:
+def transformer(
+    *, width: int = 384, depth: int = 12, patch_size: int = 8, tokens_side: int = 28
+) -> "VisionTransformer":
     """A plain vision transformer without its last LayerNorm; DINO's ViT-S/8 unless told otherwise."""
+    from timm.models.vision_transformer import VisionTransformer
+
     network = VisionTransformer(
         img_size=tokens_side * patch_size,
         patch_size=patch_size,

@@ -164,7 +164,7 @@ def test_validate_tells_a_program_too(capsys, tmp_path, monkeypatch):
     (tmp_path / "bad.yaml").write_text("stage: sample\nmodle: x\n")
     told = json.loads(run(capsys, "validate", "dith_s", "--json"))
     assert told == {"ok": {"dith_s": "train-diffusion"}, "problems": []}
-    with pytest.raises(UsageError, match="bad.yaml"):
+    with pytest.raises(UsageError, match=r"bad\.yaml"):
         app(["validate", "dith_s", "bad.yaml", "--json"], standalone_mode=False)
     told = json.loads(capsys.readouterr().out)
     assert list(told["ok"]) == ["dith_s"] and len(told["problems"]) == 1 and "modle" in told["problems"][0]
