@@ -202,7 +202,7 @@ def tensors_told(path: Path) -> str:
         with safe_open(path, framework="numpy") as file:
             shapes = [file.get_slice(name).get_shape() for name in file.keys()]  # noqa: SIM118 - no mapping
     except (OSError, SafetensorError) as error:
-        raise InputError(f"{path}: not a whole safetensors file ({error})") from None
+        raise InputError(f"{path}: cut short, or not a safetensors file ({error})") from None
     return f"{len(shapes)} tensors, {sum(math.prod(shape) for shape in shapes):,} numbers"
 
 
