@@ -13,7 +13,10 @@ def main() -> None:
     try:
         from raecli.cli.app import app
 
-        app(prog_name="rae")
+        try:
+            app(prog_name="rae")
+        finally:
+            sys.stdout.flush()  # what a full disk does not take is told here, not as the interpreter ends
     except RaeError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(int(error.exit_code))

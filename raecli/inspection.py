@@ -1,6 +1,7 @@
 """What lies at a path, what made it, and whether it is whole: the work of `rae inspect`."""
 
 import json
+import math
 import struct
 import zipfile
 from collections.abc import Callable
@@ -10,6 +11,7 @@ from typing import Any
 
 from raecli.errors import CheckpointError, InputError, RaeError
 from raecli.store.atomic import sha256_of
+from raecli.store.foreign import ARRAYS
 from raecli.store.json_file import read_json
 from raecli.store.manifest import MANIFEST, read_manifest
 
@@ -125,8 +127,13 @@ def last_figures(path: Path) -> dict[str, float]:
         except (ValueError, RecursionError):  # cut by a kill
             continue
         if isinstance(figures, dict):
-            return {key: value for key, value in figures.items() if isinstance(value, int | float)}
+            return {key: value for key, value in figures.items() if isinstance(value, float) or is_count(value)}
     return {}
+
+
+def is_count(value: object) -> bool:
+    """A whole number that a step or a size can be: JSON may hold one of a thousand digits, which no float holds."""
+    return type(value) is int and abs(value) < 2**63
 
 
 def model(path: Path, fast: bool) -> Finding:
@@ -140,6 +147,7 @@ def model(path: Path, fast: bool) -> Finding:
         return Finding("checkpoint" if is_checkpoint else "model", {}, [str(error)])
     latents = config.get("latents") if isinstance(config.get("latents"), dict) else {}
     encoder = latents.get("encoder") if isinstance(latents.get("encoder"), dict) else {}
+    classes = latents.get("classes")
     if not isinstance(digests, dict) or not digests:
         problems.append("tells no digests of its files")
     for name, digest in (digests if isinstance(digests, dict) else {}).items():
@@ -151,7 +159,7 @@ def model(path: Path, fast: bool) -> Finding:
     facts = {
         "step": config.get("step"),
         "latents": f"{latents.get('shape')} of {encoder.get('name')}",
-        "classes": len(latents.get("classes") or ()),
+        "classes": len(classes) if isinstance(classes, list) else 0,
         "weights": tensors_told(weights) if weights.is_file() else "absent",
     }
     return Finding(f"checkpoint of a {kind}" if is_checkpoint else kind, facts, problems)
@@ -178,8 +186,9 @@ def samples(path: Path, fast: bool) -> Finding:
 
 def sweep(path: Path, fast: bool) -> Finding:
     """A sweep of guidance: what was tried, and the best of it."""
-    rows = [row for row in read_json(path / "sweep.json").get("rows", []) if isinstance(row, dict)]
-    measured = [row for row in rows if isinstance(row.get("fid"), int | float)]
+    told_rows = read_json(path / "sweep.json").get("rows")
+    rows = [row for row in told_rows if isinstance(row, dict)] if isinstance(told_rows, list) else []
+    measured = [row for row in rows if isinstance(row.get("fid"), float)]
     best = min(measured, key=lambda row: row["fid"], default={})
     told = ", ".join(f"{key} {best[key]}" for key in ("guidance_scale", "guidance_interval", "fid") if key in best)
     return Finding("sweep of guidance", {"trials": len(rows), "measured": len(measured), "best": told or "none yet"})
@@ -214,6 +223,7 @@ def tensors_told(path: Path) -> str:
         shapes = [entry["shape"] for name, entry in header.items() if name != "__metadata__"]
         ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
         whole = path.stat().st_size == 8 + length + max(ends, default=0)
+        numbers = sum(math.prod(shape) for shape in shapes if all(map(is_count, shape)))
     except (
         OSError,
         ValueError,
@@ -227,15 +237,7 @@ def tensors_told(path: Path) -> str:
         raise InputError(f"{path}: not a safetensors file ({error})") from None
     if not whole:
         raise InputError(f"{path}: cut short, or longer than its header tells")
-    return f"{len(shapes)} tensors, {sum(product(shape) for shape in shapes):,} numbers"
-
-
-def product(shape: list[int]) -> int:
-    """Numbers in a tensor of this shape."""
-    count = 1
-    for side in shape:
-        count *= side
-    return count
+    return f"{len(shapes)} tensors, {numbers:,} numbers"
 
 
 def arrays_told(path: Path) -> dict[str, Any]:
@@ -255,7 +257,7 @@ def arrays_told(path: Path) -> dict[str, Any]:
                     )
                     shape, _, dtype = read(member)
                 told[name.removesuffix(".npy")] = f"{dtype} {list(shape)}"
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+    except ARRAYS as error:
         raise InputError(f"{path}: not an npz of plain arrays ({error})") from None
     return told
 

@@ -93,6 +93,7 @@ def write(
     from raecli.errors import InputError, UsageError
     from raecli.launch import LaunchOptions, start
     from raecli.metrics.inception_file import find_inception
+    from raecli.recipe.load import recipe_from_options
     from raecli.recipe.recipes import EvaluateRecipe
 
     if not Path(images).exists():
@@ -102,15 +103,18 @@ def write(
     if not Path(output).absolute().parent.is_dir():
         raise UsageError(f"{output}: no such folder to write in; make it first")
     find_inception(inception)
-    recipe = EvaluateRecipe(
-        stage="eval",
-        metrics=(),
-        write=what,
-        kind=purpose,
-        samples=images,
-        inception=inception,
-        dinov2=dinov2,
-        batch_size=batch_size,
-        output=output,
+    recipe = recipe_from_options(
+        EvaluateRecipe,
+        {
+            "stage": "eval",
+            "metrics": (),
+            "write": what,
+            "kind": purpose,
+            "samples": images,
+            "inception": inception,
+            "dinov2": dinov2,
+            "batch_size": batch_size,
+            "output": output,
+        },
     )
     start("eval", recipe, LaunchOptions(devices, nnodes, node_rank, rdzv, COLLECTIVE_SECONDS), dry_run=dry_run)

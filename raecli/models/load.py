@@ -1,5 +1,6 @@
 """Trained artifacts to modules: a run folder, its final/, or one of its checkpoints. Nothing else is needed."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +14,14 @@ from raecli.errors import CheckpointError, InputError
 from raecli.models.autoencoder import Autoencoder
 from raecli.models.build import decoder_of, diffusion_of, encoder_of
 from raecli.recipe.blocks import DecoderSpec, DiffusionModelSpec, EncoderSpec, FlowSpec
+from raecli.recipe.spec import Spec
 from raecli.store.artifact import CONFIG, artifact_folder
 from raecli.store.atomic import sha256_of
 from raecli.store.checkpoint import EMA, MODEL, STATE
 from raecli.store.encoders import resolve_encoder
 from raecli.store.json_file import read_json
 from raecli.store.manifest import differing_fields, encoder_identity, tuples
+from raecli.store.model_cards import side_of
 from raecli.store.statistics import STATISTICS, LatentStatistics, load_statistics
 
 
@@ -45,6 +48,23 @@ def read_artifact(path: str | Path, kind: str) -> tuple[Path, dict[str, Any], di
 
 def load_weights(model: nn.Module, weights: dict[str, Tensor], where: Path) -> None:
     """Load exactly these weights. Raises CheckpointError with missing and unknown keys, or shapes that differ."""
+    check_shapes(model, weights, where)
+    model.load_state_dict(weights)
+
+
+def built(build: Callable[[], nn.Module], sizes: Spec, weights: dict[str, Tensor], where: Path) -> nn.Module:
+    """A module whose sizes were held against its weights before it takes memory: a config.json may claim anything."""
+    most = sum(value.numel() for value in weights.values())
+    for name, size in sizes.to_dict().items():
+        if isinstance(size, int) and size > most:
+            raise CheckpointError(f"{where / CONFIG}: {name} is {str(size)[:20]}, but its weights are {most} numbers")
+    with torch.device("meta"):
+        check_shapes(build(), weights, where)
+    return build()
+
+
+def check_shapes(model: nn.Module, weights: dict[str, Tensor], where: Path) -> None:
+    """Raise CheckpointError with missing and unknown keys, or shapes that differ."""
     expected = model.state_dict()
     problems = [f"missing {name}" for name in sorted(expected.keys() - weights.keys())]
     problems += [f"unknown {name}" for name in sorted(weights.keys() - expected.keys())]
@@ -54,8 +74,7 @@ def load_weights(model: nn.Module, weights: dict[str, Tensor], where: Path) -> N
         if expected[name].shape != weights[name].shape
     ]
     if problems:
-        raise CheckpointError(f"{where}: {len(problems)} keys do not fit: {'; '.join(problems)}")
-    model.load_state_dict(weights)
+        raise CheckpointError(f"{where}: {len(problems)} keys do not fit: {'; '.join(problems[:20])}")
 
 
 def load_diffusion(path: str | Path, device: torch.device | str = "cpu") -> nn.Module:
@@ -66,11 +85,12 @@ def load_diffusion(path: str | Path, device: torch.device | str = "cpu") -> nn.M
     """
     folder, config, weights = read_artifact(path, "rae-diffusion")
     try:
-        model = diffusion_of(DiffusionModelSpec.model_validate(tuples(config["recipe"]["model"])))
+        spec = DiffusionModelSpec.model_validate(tuples(config["recipe"]["model"]))
+        model = built(lambda: diffusion_of(spec), spec, weights, folder)
         flow = FlowSpec.model_validate(tuples(config["recipe"]["flow"]))
         latents = config["latents"]
         model.latent_shape, model.classes = tuple(latents["shape"]), tuple(latents["classes"])
-    except (KeyError, TypeError, ValidationError, ValueError) as error:
+    except (KeyError, TypeError, ValidationError, ValueError, OverflowError, RuntimeError) as error:
         raise CheckpointError(f"{folder / CONFIG}: not a diffusion model's: {error}") from None
     load_weights(model, weights, folder)
     model.time_shift, model.config, model.folder = flow.time_shift, config, folder
@@ -86,9 +106,10 @@ def load_autoencoder(path: str | Path, device: torch.device | str = "cpu", *, en
     folder, config, weights = read_artifact(path, "rae-decoder")
     try:
         spec = EncoderSpec.model_validate(tuples(config["latents"]["encoder"]))
-        decoder = decoder_of(DecoderSpec.model_validate(tuples(config["recipe"]["decoder"])), spec)
-        image_size = int(config["latents"]["image_size"])
-    except (KeyError, TypeError, ValidationError, ValueError) as error:
+        sizes = DecoderSpec.model_validate(tuples(config["recipe"]["decoder"]))
+        decoder = built(lambda: decoder_of(sizes, spec), sizes, weights, folder)
+        image_size = side_of(config["latents"])
+    except (KeyError, TypeError, ValidationError, ValueError, OverflowError, RuntimeError) as error:
         raise CheckpointError(f"{folder / CONFIG}: not a decoder's: {error}") from None
     load_weights(decoder, weights, folder)
     module = encoder_of(located(spec, image_size, folder)) if encoder else None

@@ -36,6 +36,7 @@ def run_stage(recipe: Spec, timeout_seconds: float) -> None:
     stage = importlib.import_module(f"raecli.stages.{name}")
     ranks = join_ranks(timeout_seconds)
     stage.run(recipe, ranks)
+    sys.stdout.flush()
     leave_ranks()
 
 
