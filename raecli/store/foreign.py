@@ -7,6 +7,8 @@ import zipfile
 import zlib
 from pickle import UnpicklingError
 
+from safetensors import SafetensorError
+
 # zipfile and numpy on an .npz or .npy. RuntimeError: locked, or packed in a way that is not known.
 ARRAYS = (
     ValueError, TypeError, KeyError, SyntaxError, OverflowError, OSError, EOFError, MemoryError, RuntimeError,
@@ -16,5 +18,5 @@ ARRAYS = (
 # torch.load(weights_only=True), which interprets whatever bytes there are
 PICKLES = (
     UnpicklingError, LookupError, TypeError, AttributeError, ValueError, ArithmeticError, RuntimeError, AssertionError,
-    EOFError, OSError, MemoryError, struct.error,
+    EOFError, OSError, MemoryError, struct.error, SafetensorError,  # a new torch reads those too, by their ending
 )  # fmt: skip

@@ -35,7 +35,7 @@ class DiffusionCard:
     @property
     def names(self) -> tuple[str, ...]:
         """Names of classes; a converted model's are its labels, which name nothing."""
-        return () if self.classes == tuple(map(str, range(self.num_classes))) else self.classes
+        return () if self.classes == tuple(map(str, range(len(self.classes)))) else self.classes
 
 
 @dataclass(frozen=True)
