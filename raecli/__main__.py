@@ -2,7 +2,7 @@
 
 import sys
 
-from raecli.console import end_on_signals, guard_streams
+from raecli.console import end_on_signals, finish_output, guard_streams
 from raecli.errors import ExitCode, RaeError
 
 
@@ -16,7 +16,7 @@ def main() -> None:
         try:
             app(prog_name="rae")
         finally:
-            sys.stdout.flush()  # what a full disk does not take is told here, not as the interpreter ends
+            finish_output()
     except RaeError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(int(error.exit_code))

@@ -33,6 +33,7 @@ class Guarded:
 
     def __init__(self, stream: TextIO, name: str = "stdout") -> None:
         self.stream, self.name = stream, name
+        self.error: OSError | None = None
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
 
@@ -51,12 +52,10 @@ class Guarded:
             self.lost(error, 0)
 
     def lost(self, error: OSError, count: int) -> int:
-        """What cannot be written: nobody listens, so it goes nowhere; but a result that a full disk loses is told."""
-        self.leave(count)
+        """What cannot be written goes nowhere, as nobody listens; a result that a full disk loses is told at the end."""
         if self.name == "stdout" and not isinstance(error, BrokenPipeError):
-            error.filename = "standard output"
-            raise error
-        return count
+            self.error = OSError(error.errno, error.strerror, "standard output")
+        return self.leave(count)
 
     def leave(self, count: int) -> int:
         """Send what is buffered, and all that follows, to nowhere: Python flushes once more as it ends."""
@@ -67,6 +66,13 @@ class Guarded:
 
     def __getattr__(self, name: str) -> object:
         return getattr(self.stream, name)
+
+
+def finish_output() -> None:
+    """Flush stdout; raise the OSError that lost what was written there, so that a lost result is no success."""
+    sys.stdout.flush()
+    if isinstance(sys.stdout, Guarded) and sys.stdout.error is not None:
+        raise sys.stdout.error
 
 
 caught: list[int] = []  # signals that came while there was nothing to save
