@@ -52,7 +52,7 @@ class Guarded:
             self.lost(error, 0)
 
     def lost(self, error: OSError, count: int) -> int:
-        """What cannot be written goes nowhere, as nobody listens; a result that a full disk loses is told at the end."""
+        """What cannot be written goes nowhere; a result that a full disk loses is told by finish_output."""
         if self.name == "stdout" and not isinstance(error, BrokenPipeError):
             self.error = OSError(error.errno, error.strerror, "standard output")
         return self.leave(count)
