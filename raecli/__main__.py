@@ -2,7 +2,7 @@
 
 import sys
 
-from raecli.console import end_on_signals, guard_streams
+from raecli.console import end_on_signals, finish_output, guard_streams
 from raecli.errors import ExitCode, RaeError
 
 
@@ -13,7 +13,10 @@ def main() -> None:
     try:
         from raecli.cli.app import command_line
 
-        command_line(sys.argv[1:])(prog_name="rae")
+        try:
+            command_line(sys.argv[1:])(prog_name="rae")
+        finally:
+            finish_output()
     except RaeError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(int(error.exit_code))

@@ -1,6 +1,7 @@
 """Standard streams that may go away, and signals that come before there is anything to save. For door and workers."""
 
 import os
+import re
 import signal
 import sys
 import types
@@ -16,30 +17,45 @@ def guard_streams() -> None:
         if stream is None:  # started with >&-
             setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: PTH123, SIM115
         elif not isinstance(stream, Guarded):
-            setattr(sys, name, Guarded(stream))
+            setattr(sys, name, Guarded(stream, name))
+
+
+CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]")  # all but tab, newline, return
+
+
+def escaped(match: re.Match[str]) -> str:
+    """A control character as Python writes it: \\x1b."""
+    return f"\\x{ord(match[0]):02x}"
 
 
 class Guarded:
     """A text stream whose writes go nowhere once its reader is gone. What it cannot encode is written escaped."""
 
-    def __init__(self, stream: TextIO) -> None:
-        self.stream = stream
+    def __init__(self, stream: TextIO, name: str = "stdout") -> None:
+        self.stream, self.name = stream, name
+        self.error: OSError | None = None
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
 
     def write(self, text: str) -> int:
-        """Write, unless nobody reads."""
+        """Write, unless nobody reads. A file's name may hold codes that would steer a terminal: they are escaped."""
         try:
-            return self.stream.write(text)
-        except BrokenPipeError:
-            return self.leave(len(text))
+            return self.stream.write(text if self.stream.isatty() else CONTROL.sub(escaped, text))
+        except OSError as error:
+            return self.lost(error, len(text))
 
     def flush(self) -> None:
         """Flush, unless nobody reads."""
         try:
             self.stream.flush()
-        except BrokenPipeError:
-            self.leave(0)
+        except OSError as error:
+            self.lost(error, 0)
+
+    def lost(self, error: OSError, count: int) -> int:
+        """What cannot be written goes nowhere; a result that a full disk loses is told by finish_output."""
+        if self.name == "stdout" and not isinstance(error, BrokenPipeError):
+            self.error = OSError(error.errno, error.strerror, "standard output")
+        return self.leave(count)
 
     def leave(self, count: int) -> int:
         """Send what is buffered, and all that follows, to nowhere: Python flushes once more as it ends."""
@@ -50,6 +66,13 @@ class Guarded:
 
     def __getattr__(self, name: str) -> object:
         return getattr(self.stream, name)
+
+
+def finish_output() -> None:
+    """Flush stdout; raise the OSError that lost what was written there, so that a lost result is no success."""
+    sys.stdout.flush()
+    if isinstance(sys.stdout, Guarded) and sys.stdout.error is not None:
+        raise sys.stdout.error
 
 
 caught: list[int] = []  # signals that came while there was nothing to save

@@ -9,6 +9,7 @@ from typing import Any
 
 from raecli.errors import CheckpointError, InputError, RaeError
 from raecli.store.atomic import sha256_of
+from raecli.store.foreign import ARRAYS
 from raecli.store.json_file import read_json
 from raecli.store.manifest import MANIFEST, read_manifest
 from raecli.store.run_folder import read_metrics
@@ -117,7 +118,13 @@ def run(path: Path, fast: bool) -> Finding:
 def last_figures(path: Path) -> dict[str, float]:
     """The numbers of the last whole line of metrics.jsonl; {} if there is none."""
     lines = read_metrics(path)
-    return {key: value for key, value in lines[-1].items() if isinstance(value, int | float)} if lines else {}
+    figures = lines[-1] if lines else {}
+    return {key: value for key, value in figures.items() if isinstance(value, float) or is_count(value)}
+
+
+def is_count(value: object) -> bool:
+    """A whole number that a step or a size can be: JSON may hold one of a thousand digits, which no float holds."""
+    return type(value) is int and abs(value) < 2**63
 
 
 def model(path: Path, fast: bool) -> Finding:
@@ -131,6 +138,7 @@ def model(path: Path, fast: bool) -> Finding:
         return Finding("checkpoint" if is_checkpoint else "model", {}, [str(error)])
     latents = config.get("latents") if isinstance(config.get("latents"), dict) else {}
     encoder = latents.get("encoder") if isinstance(latents.get("encoder"), dict) else {}
+    classes = latents.get("classes")
     if not isinstance(digests, dict) or not digests:
         problems.append("tells no digests of its files")
     for name, digest in (digests if isinstance(digests, dict) else {}).items():
@@ -142,7 +150,7 @@ def model(path: Path, fast: bool) -> Finding:
     facts = {
         "step": config.get("step"),
         "latents": f"{latents.get('shape')} of {encoder.get('name')}",
-        "classes": len(latents.get("classes") or ()),
+        "classes": len(classes) if isinstance(classes, list) else 0,
         "weights": tensors_told(weights) if weights.is_file() else "absent",
     }
     return Finding(f"checkpoint of a {kind}" if is_checkpoint else kind, facts, problems)
@@ -169,8 +177,9 @@ def samples(path: Path, fast: bool) -> Finding:
 
 def sweep(path: Path, fast: bool) -> Finding:
     """A sweep of guidance: what was tried, and the best of it."""
-    rows = [row for row in read_json(path / "sweep.json").get("rows", []) if isinstance(row, dict)]
-    measured = [row for row in rows if isinstance(row.get("fid"), int | float)]
+    told_rows = read_json(path / "sweep.json").get("rows")
+    rows = [row for row in told_rows if isinstance(row, dict)] if isinstance(told_rows, list) else []
+    measured = [row for row in rows if isinstance(row.get("fid"), float)]
     best = min(measured, key=lambda row: row["fid"], default={})
     told = ", ".join(f"{key} {best[key]}" for key in ("guidance_scale", "guidance_interval", "fid") if key in best)
     return Finding("sweep of guidance", {"trials": len(rows), "measured": len(measured), "best": told or "none yet"})
@@ -223,7 +232,7 @@ def arrays_told(path: Path) -> dict[str, Any]:
                     )
                     shape, _, dtype = read(member)
                 told[name.removesuffix(".npy")] = f"{dtype} {list(shape)}"
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+    except ARRAYS as error:
         raise InputError(f"{path}: not an npz of plain arrays ({error})") from None
     return told
 

@@ -45,8 +45,9 @@ def write_report(runs: Sequence[str], out: Path, samples: Sequence[str], evaluat
     """Write the report of runs, complete or not at all. Raises InputError for a path that is no run."""
     from raecli.store.atomic import write_text
 
+    page = document(runs, samples, evaluations)
     out.parent.mkdir(parents=True, exist_ok=True)
-    write_text(out, document(runs, samples, evaluations))
+    write_text(out, page)
 
 
 def document(runs: Sequence[str], samples: Sequence[str] = (), evaluations: Sequence[str] = ()) -> str:

@@ -211,17 +211,21 @@ def accuracy(
       rae eval accuracy samples/ --classifier judge.safetensors
     """
     from raecli.launch import LaunchOptions
+    from raecli.recipe.load import recipe_from_options
     from raecli.recipe.recipes import EvaluateRecipe
 
     require_paths(samples, classifier)
-    recipe = EvaluateRecipe(
-        stage="eval",
-        metrics=("accuracy",),
-        samples=samples,
-        classifier=classifier,
-        batch_size=batch_size,
-        output=out,
-        print_json=as_json,
+    recipe = recipe_from_options(
+        EvaluateRecipe,
+        {
+            "stage": "eval",
+            "metrics": ("accuracy",),
+            "samples": samples,
+            "classifier": classifier,
+            "batch_size": batch_size,
+            "output": out,
+            "print_json": as_json,
+        },
     )
     launch(recipe, LaunchOptions(devices, nnodes, node_rank, rdzv, COLLECTIVE_SECONDS), dry_run)
 

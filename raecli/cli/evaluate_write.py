@@ -69,20 +69,24 @@ def writing(what: Literal["features", "statistics"]) -> Callable[..., None]:
     ) -> None:
         from raecli.launch import LaunchOptions, start
         from raecli.metrics.inception_file import find_inception
+        from raecli.recipe.load import recipe_from_options
         from raecli.recipe.recipes import EvaluateRecipe
 
         check_paths(images, output)
         find_inception(inception)
-        recipe = EvaluateRecipe(
-            stage="eval",
-            metrics=(),
-            write=what,
-            kind=purpose,
-            samples=images,
-            inception=inception,
-            dinov2=dinov2,
-            batch_size=batch_size,
-            output=output,
+        recipe = recipe_from_options(
+            EvaluateRecipe,
+            {
+                "stage": "eval",
+                "metrics": (),
+                "write": what,
+                "kind": purpose,
+                "samples": images,
+                "inception": inception,
+                "dinov2": dinov2,
+                "batch_size": batch_size,
+                "output": output,
+            },
         )
         options = LaunchOptions(devices, nnodes, node_rank, rdzv, COLLECTIVE_SECONDS)
         start("eval", recipe, options, dry_run=dry_run, as_json=as_json)

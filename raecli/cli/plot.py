@@ -3,6 +3,7 @@
 import difflib
 import json
 import math
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -86,7 +87,7 @@ def read_runs(runs: Sequence[str]) -> dict[str, list[dict[str, Any]]]:
 
 def labels_of(runs: Sequence[str]) -> list[str]:
     """What to call each run: its folder's name, or the path as it was given where names are not unique."""
-    names = [Path(run).resolve().name for run in runs]
+    names = [Path(os.path.realpath(run)).name for run in runs]
     return names if len(set(names)) == len(names) else list(runs)
 
 

@@ -7,11 +7,11 @@ from pickle import UnpicklingError
 from typing import Any, Literal
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
 from raecli.errors import CheckpointError, UsageError
+from raecli.store.foreign import PICKLES
 
 Kind = Literal["decoder", "autoencoder", "diffusion", "statistics", "discriminator"]
 WRAPPERS = ("module.", "_orig_mod.")  # DistributedDataParallel's and torch.compile's
@@ -63,7 +63,7 @@ def read_tensors(path: Path) -> dict[str, Any]:
             f"{path}: refused, because it holds more than tensors ({named[1]}), and reading such a file can run "
             "code. If you trust its maker, save its tensors again: torch.save({name: tensor, ...}, FILE)"
         ) from None
-    except (OSError, RuntimeError, EOFError, KeyError, ValueError, SafetensorError) as error:
+    except PICKLES as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise CheckpointError(f"{path}: not a whole file of weights: {reason}") from None
     if not isinstance(loaded, dict):

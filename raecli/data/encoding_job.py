@@ -1,5 +1,6 @@
 """The work of `rae encode-cache`: which images go to which shard, and what of it is done by now."""
 
+import os
 import random
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -61,7 +62,7 @@ class Job:
 
 def make_job(recipe: EncodeCacheRecipe) -> Job:
     """List the images and fix their order."""
-    if Path(recipe.output).resolve() == Path(recipe.source).resolve():
+    if os.path.realpath(recipe.output) == os.path.realpath(recipe.source):
         raise UsageError(f"{recipe.output}: is the images' own folder; choose another one for the latents")
     source = open_images(recipe.source)
     encoder = recipe.encoder

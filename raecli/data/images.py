@@ -26,6 +26,8 @@ class ImageItem:
 
     def read(self) -> bytes:
         """The encoded image. Raises InputError naming it if it cannot be read."""
+        if self.offset is None and not self.file.is_file():  # a pipe would be waited for, a device never ends
+            raise InputError(f"{self.name}: not a readable file: a pipe, a device, or a link to nothing")
         try:
             with self.file.open("rb") as file:
                 file.seek(self.offset or 0)
@@ -53,11 +55,10 @@ def open_images(source: str | Path) -> ImageSource:
     path = Path(source)
     if not str(source):
         raise InputError("the name of the images' folder is empty")
-    if path.is_file() and path.suffix == ".tar":
-        return tar_source(path, [path])
-    if not path.is_dir():
+    one_tar = path.is_file() and path.suffix == ".tar"
+    if not one_tar and not path.is_dir():
         raise InputError(f"{path}: no such folder of images (class folders, a flat folder, or WebDataset tars)")
-    tars = sorted(file for file in path.glob("*.tar") if file.is_file())
+    tars = [path] if one_tar else sorted(file for file in path.glob("*.tar") if file.is_file())
     loose = next((file for file in files_below(path) if file.suffix.lower() in EXTENSIONS), None) if tars else None
     if loose:
         raise InputError(
@@ -85,10 +86,18 @@ def folder_source(path: Path) -> ImageSource:
     classes = () if flat else tuple(sorted({name.partition("/")[0] for name in names}))
     labels = {name: label for label, name in enumerate(classes)}
     items = tuple(
-        ImageItem(name, labels.get(name.partition("/")[0], 0) if classes else 0, file.stat().st_size, file)
+        ImageItem(name, labels.get(name.partition("/")[0], 0) if classes else 0, size_of(file), file)
         for name, file in zip(names, files, strict=True)
     )
     return ImageSource(path, items, classes)
+
+
+def size_of(file: Path) -> int:
+    """Bytes of a file; 0 of a link to nothing, which is told when it is read."""
+    try:
+        return file.stat().st_size
+    except OSError:
+        return 0
 
 
 def is_utf8(name: str) -> bool:
@@ -159,8 +168,8 @@ def label_of(archive: tarfile.TarFile, member: tarfile.TarInfo, tar: Path) -> in
     """A .cls member's number."""
     file = archive.extractfile(member)
     text = file.read(20).decode("ascii", "replace").strip() if file else ""
-    if not (text.isdecimal() and text.isascii() and len(text) <= 7):
-        raise InputError(f"{tar}: {member.name} holds {text!r}, not a class number below 10 million")
+    if not (text.isdecimal() and text.isascii() and len(text) <= 5):
+        raise InputError(f"{tar}: {member.name} holds {text!r}, not a class number below 100 000")
     return int(text)
 
 

@@ -1,7 +1,6 @@
 """DINOv2 ViT-L/14 without registers as FDD takes it: its class token after the last norm. Stein et al. (2023)."""
 
 import os
-import pickle
 import re
 from pathlib import Path
 
@@ -16,6 +15,7 @@ from raecli.metrics.full_precision import full_float32
 from raecli.metrics.inception_file import hub_folder
 from raecli.models.encoder_weights import load_exactly, match_keys, read_weights
 from raecli.store.encoder_config import IMAGENET
+from raecli.store.foreign import PICKLES
 
 SIDE, PATCH, HEAD_WIDTH = 224, 14, 64
 OFFSET = 0.1  # of DINOv2's own resampling of positions: the networks without registers were trained and run with it
@@ -90,7 +90,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         return read_weights(path)
     try:
         tensors = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
+    except PICKLES as error:
         raise CheckpointError(f"{path}: cannot be read as weights ({type(error).__name__})") from error
     if not isinstance(tensors, dict) or not all(isinstance(value, Tensor) for value in tensors.values()):
         raise CheckpointError(f"{path}: holds something else than a state dict of tensors; expected {WEIGHTS_NAME}")

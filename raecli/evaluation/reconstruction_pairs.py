@@ -1,6 +1,7 @@
 """Images and their reconstructions on disk, matched by key; anything that does not match is refused with its name."""
 
 import io
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,8 +44,8 @@ class PairSet:
     @property
     def are_saved_crops(self) -> bool:
         """Whether the images are the crops that `rae reconstruct --save-originals` wrote beside the reconstructions."""
-        images, made = (Path(self.sources[side]["path"]) for side in ("images", "reconstructions"))
-        return images.resolve() == made.resolve().parent / ORIGINALS
+        images, made = (os.path.realpath(self.sources[side]["path"]) for side in ("images", "reconstructions"))
+        return Path(images) == Path(made).parent / ORIGINALS
 
     def batches(self, batch_size: int, rank: int, world: int, workers: int) -> Iterator[tuple[range, Tensor, Tensor]]:
         """This rank's batches: positions, images and reconstructions uint8 [B, 3, H, W]. The same for any world."""

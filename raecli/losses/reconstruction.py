@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from raecli.errors import CheckpointError
+from raecli.store.foreign import PICKLES
 
 Layers = Callable[[Tensor], list[Tensor]]  # images [B, 3, H, W] in [0, 1] -> feature maps
 
@@ -39,7 +40,7 @@ def load_lpips(vgg_weights: Path) -> nn.Module:
     network = lpips.LPIPS(net="vgg", pnet_rand=True, verbose=False)
     try:
         published = torch.load(vgg_weights, map_location="cpu", weights_only=True)
-    except Exception as error:  # pickle raises what it likes on a foreign file
+    except PICKLES as error:
         raise CheckpointError(f"{vgg_weights}: not a weights file that can be read safely: {error}") from None
     missing = []
     for slice_name, layer_slice in network.net.named_children():

@@ -10,6 +10,7 @@ from typing import IO
 import numpy as np
 
 from raecli.errors import InputError
+from raecli.store.foreign import ARRAYS
 
 LOCAL_HEADER = 30  # bytes of a zip member's own header before its name; the lengths of name and extra at its end
 HEADER_LEAST = 10  # bytes of an array's magic, version and header length
@@ -20,8 +21,11 @@ def members_of(path: Path) -> frozenset[str]:
     """Names of the arrays of an .npz; none for anything else."""
     if path.suffix != ".npz" or not zipfile.is_zipfile(path):
         return frozenset()
-    with zipfile.ZipFile(path) as file:
-        return frozenset(name.removesuffix(".npy") for name in file.namelist() if name.endswith(".npy"))
+    try:
+        with zipfile.ZipFile(path) as file:
+            return frozenset(name.removesuffix(".npy") for name in file.namelist() if name.endswith(".npy"))
+    except ARRAYS as error:
+        raise InputError(f"{path}: cannot be read ({error}); make or download the file again") from error
 
 
 class ArrayStream:
@@ -45,7 +49,7 @@ class ArrayStream:
         try:
             self.stream.seek(self.offset + start * self.bytes_each)
             data = self.stream.read(wanted)
-        except (zipfile.BadZipFile, EOFError, OSError) as error:
+        except ARRAYS as error:
             raise InputError(f"{self.path}: damaged ({error}); make or download the file again") from error
         if len(data) != wanted:
             raise InputError(f"{self.path}: ends before image {stop - 1} of {self.shape[0]}; make the file again")
@@ -72,7 +76,7 @@ def open_array(path: Path, member: str, expected: str) -> IO[bytes]:
         return archive.open(entry)
     except KeyError as error:
         raise InputError(f"{path}: no such array in it (key {member} is missing); {expected}") from error
-    except (zipfile.BadZipFile, OSError) as error:
+    except ARRAYS as error:
         raise InputError(f"{path}: cannot be read ({error}); make or download the file again") from error
 
 
@@ -93,7 +97,7 @@ def read_header(path: Path, stream: IO[bytes]) -> tuple[tuple[int, ...], np.dtyp
     readers = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
     try:
         shape, by_columns, dtype = readers[np.lib.format.read_magic(stream)](stream)
-    except (ValueError, KeyError, zipfile.BadZipFile, EOFError) as error:
+    except ARRAYS as error:
         raise InputError(f"{path}: its array cannot be read ({error}); make or download the file again") from error
     if by_columns:
         raise InputError(f"{path}: its array is in Fortran order; save it with numpy.ascontiguousarray")

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from raecli.errors import InputError
 from raecli.metrics.array_stream import ArrayStream, members_of
-from raecli.metrics.statistics import UNREADABLE
 from raecli.store.atomic import SCRATCH, atomic_file
+from raecli.store.foreign import ARRAYS
 from raecli.store.json_file import parse_json
 
 LAYERS = ("pool", "spatial", "logits", "dinov2")  # arrays that a feature file may hold
@@ -94,7 +94,7 @@ def read_provenance(path: Path) -> dict[str, Any]:
     try:
         with np.load(path, allow_pickle=False) as file:
             text = str(file["provenance"])
-    except (KeyError, *UNREADABLE) as error:
+    except ARRAYS as error:
         raise InputError(f"{path}: its provenance cannot be read ({error}); extract it again") from error
     return parse_json(text, f"{path}: its provenance")
 

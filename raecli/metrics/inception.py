@@ -1,7 +1,6 @@
 """The Inception network of FID: torch-fidelity's port of inception-2015-12-05, without a download."""
 
 import io
-import pickle
 from pathlib import Path
 
 import torch
@@ -11,6 +10,7 @@ from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorIncepti
 from raecli.errors import CheckpointError
 from raecli.metrics.full_precision import full_float32
 from raecli.metrics.inception_file import WEIGHTS_NAME
+from raecli.store.foreign import PICKLES
 
 SPATIAL_CHANNELS = 7  # of mixed_6/conv's 192: Nash et al. (2021) keep the first 7, 17 x 17 x 7 = 2023 features
 
@@ -56,7 +56,7 @@ def load_inception(path: Path, layers: tuple[str, ...] = ("pool",)) -> Inception
     wanted = f"expected {WEIGHTS_NAME} of torch-fidelity's release v0.2.0"
     try:
         weights = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
+    except PICKLES as error:
         raise CheckpointError(f"{path}: cannot be read as weights ({type(error).__name__}); {wanted}") from error
     if not isinstance(weights, dict) or not all(isinstance(value, Tensor) for value in weights.values()):
         raise CheckpointError(f"{path}: holds something else than a state dict of tensors; {wanted}")

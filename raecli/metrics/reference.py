@@ -72,7 +72,7 @@ class ArrayImages:
         self.path = path
         self.stream = ArrayStream(path, IMAGES_KEY, EXPECTED)
         shape, dtype = self.stream.shape, self.stream.dtype
-        if dtype != np.uint8 or len(shape) != 4 or shape[3] != 3 or 0 in shape:
+        if dtype != np.uint8 or len(shape) != 4 or shape[3] != 3 or min(shape) < 1:
             raise InputError(f"{path}: its array is {dtype} of shape {list(shape)}; expected uint8 [N, H, W, 3]")
         self.count, self.size = shape[0], shape[1:3]
 
@@ -117,6 +117,8 @@ def locate_source(path: str) -> Path:
     source = Path(path)
     if not source.exists():
         raise InputError(f"{source}: no such file or folder; {EXPECTED}")
+    if not source.is_file() and not source.is_dir():  # a pipe would be waited for
+        raise InputError(f"{source}: neither a file nor a folder, but a pipe or a device; {EXPECTED}")
     if (source / RECONSTRUCTED).is_file():  # with its originals beside them it would be a mixture of two sets
         raise InputError(
             f"{source}: holds reconstructions, which are measured against their own images: rae eval reconstruction "

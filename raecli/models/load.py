@@ -1,6 +1,6 @@
 """Trained artifacts to modules: a run folder, its final/, or one of its checkpoints. Nothing else is needed."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +14,14 @@ from raecli.errors import CheckpointError, InputError
 from raecli.models.autoencoder import Autoencoder
 from raecli.models.build import decoder_of, diffusion_of, encoder_of
 from raecli.recipe.blocks import DecoderSpec, DiffusionModelSpec, EncoderSpec, FlowSpec
+from raecli.recipe.spec import Spec
 from raecli.store.artifact import CONFIG, artifact_folder, read_config
 from raecli.store.atomic import sha256_of
 from raecli.store.checkpoint import EMA, MODEL, STATE
 from raecli.store.encoders import resolve_encoder
 from raecli.store.json_file import read_json
 from raecli.store.manifest import differing_fields, encoder_identity, tuples
+from raecli.store.model_cards import side_of
 from raecli.store.statistics import STATISTICS, LatentStatistics, load_statistics
 
 
@@ -48,6 +50,17 @@ def load_weights(model: nn.Module, weights: dict[str, Tensor], where: Path) -> N
     model.load_state_dict(weights)
 
 
+def built(build: Callable[[], nn.Module], sizes: Spec, weights: dict[str, Tensor], where: Path) -> nn.Module:
+    """A module whose sizes were held against its weights before it takes memory: a config.json may claim anything."""
+    most = sum(value.numel() for value in weights.values())
+    for name, size in sizes.to_dict().items():
+        if isinstance(size, int) and size > most:
+            raise CheckpointError(f"{where / CONFIG}: {name} is {str(size)[:20]}, but its weights are {most} numbers")
+    with torch.device("meta"):
+        check_layout(weights, build().state_dict(), where)
+    return build()
+
+
 def check_layout(found: Mapping[str, Tensor], expected: Mapping[str, Tensor], where: Path | str) -> None:
     """Raise CheckpointError with every key that is missing, unknown or of another shape."""
     problems = [f"missing {name}" for name in sorted(expected.keys() - found.keys())]
@@ -69,11 +82,12 @@ def load_diffusion(path: str | Path, device: torch.device | str = "cpu") -> nn.M
     """
     folder, config, weights = read_artifact(path, "rae-diffusion")
     try:
-        model = diffusion_of(DiffusionModelSpec.model_validate(tuples(config["recipe"]["model"])))
+        spec = DiffusionModelSpec.model_validate(tuples(config["recipe"]["model"]))
+        model = built(lambda: diffusion_of(spec), spec, weights, folder)
         flow = FlowSpec.model_validate(tuples(config["recipe"]["flow"]))
         latents = config["latents"]
         model.latent_shape, model.classes = tuple(latents["shape"]), tuple(latents["classes"])
-    except (KeyError, TypeError, ValidationError, ValueError) as error:
+    except (KeyError, TypeError, ValidationError, ValueError, OverflowError, RuntimeError) as error:
         raise CheckpointError(f"{folder / CONFIG}: not a diffusion model's: {error}") from None
     load_weights(model, weights, folder)
     model.time_shift, model.config, model.folder = flow.time_shift, config, folder
@@ -89,9 +103,10 @@ def load_autoencoder(path: str | Path, device: torch.device | str = "cpu", *, en
     folder, config, weights = read_artifact(path, "rae-decoder")
     try:
         spec = EncoderSpec.model_validate(tuples(config["latents"]["encoder"]))
-        decoder = decoder_of(DecoderSpec.model_validate(tuples(config["recipe"]["decoder"])), spec)
-        image_size = int(config["latents"]["image_size"])
-    except (KeyError, TypeError, ValidationError, ValueError) as error:
+        sizes = DecoderSpec.model_validate(tuples(config["recipe"]["decoder"]))
+        decoder = built(lambda: decoder_of(sizes, spec), sizes, weights, folder)
+        image_size = side_of(config["latents"])
+    except (KeyError, TypeError, ValidationError, ValueError, OverflowError, RuntimeError) as error:
         raise CheckpointError(f"{folder / CONFIG}: not a decoder's: {error}") from None
     load_weights(decoder, weights, folder)
     module = encoder_of(located(spec, image_size, folder)) if encoder else None

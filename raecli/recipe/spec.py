@@ -4,7 +4,7 @@ import math
 import re
 from typing import Annotated, Any
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator
 
 DURATION = re.compile(r"([1-9][0-9]{0,11}|0|[0-9]{0,9}\.[0-9]{1,9}) (epochs?|steps?)")
 
@@ -14,9 +14,27 @@ class Spec(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, validate_default=True)
 
+    @field_validator("*")
+    @classmethod
+    def check_text(cls, value: Any) -> Any:
+        """Refuse text that neither a file of ours nor the system can hold: half a character, or a NUL."""
+        texts = value if isinstance(value, tuple) else (value,)
+        if any(isinstance(text, str) and ("\0" in text or not is_text(text)) for text in texts):
+            raise ValueError("must be text in UTF-8, without NUL; rename the file, or unset PYTHONUTF8=0")
+        return value
+
     def to_dict(self) -> dict[str, Any]:
         """Plain values, ready for YAML or JSON, tuples as lists."""
         return self.model_dump(mode="json")
+
+
+def is_text(text: str) -> bool:
+    """Whether UTF-8 can hold it: a file's name in another encoding, or in a wrong locale, comes with surrogates."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def check_duration(text: str) -> str:

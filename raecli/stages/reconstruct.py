@@ -3,6 +3,7 @@
 Batches are the same whatever the number of ranks, and a restart makes only those that are not whole yet.
 """
 
+import os
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -102,7 +103,7 @@ def run(recipe: ReconstructRecipe, ranks: Ranks) -> None:
 def check_inputs(recipe: ReconstructRecipe) -> None:
     """Open the images; refuse an output among them, which the next run would take for images."""
     open_images(recipe.source)
-    if Path(recipe.output).resolve().is_relative_to(Path(recipe.source).resolve()):
+    if Path(os.path.realpath(recipe.output)).is_relative_to(os.path.realpath(recipe.source)):
         raise UsageError(f"{recipe.output}: lies in the images' own folder; choose a place outside {recipe.source}")
 
 

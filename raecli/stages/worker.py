@@ -9,6 +9,7 @@ import traceback
 from collections.abc import Callable
 from pathlib import Path
 
+from raecli.console import finish_output
 from raecli.errors import ExitCode, RaeError
 from raecli.recipe.spec import Spec
 
@@ -36,6 +37,7 @@ def run_stage(recipe: Spec, timeout_seconds: float) -> None:
     stage = importlib.import_module(f"raecli.stages.{name}")
     ranks = join_ranks(timeout_seconds)
     stage.run(recipe, ranks)
+    finish_output()
     leave_ranks()
 
 

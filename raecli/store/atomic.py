@@ -85,7 +85,7 @@ def flush_to_disk(path: Path) -> None:
 def write_text(path: Path, text: str) -> None:
     """Write a text file atomically, UTF-8."""
     with atomic_file(path) as scratch:
-        scratch.write_text(text, encoding="utf-8")
+        scratch.write_text(text, encoding="utf-8", errors="backslashreplace")  # half characters of foreign JSON
 
 
 def write_json(path: Path, value: Any) -> None:

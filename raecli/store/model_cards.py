@@ -12,7 +12,8 @@ from raecli.store.artifact import read_config
 from raecli.store.encoder_baselines import is_baseline
 from raecli.store.manifest import differing_fields, tuples
 
-UNREADABLE = (KeyError, TypeError, AttributeError, ValueError, ValidationError)
+UNREADABLE = (KeyError, TypeError, AttributeError, ValueError, OverflowError, ValidationError)
+MOST_PIXELS = 16384  # a side: no encoder comes near it
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,7 @@ class DiffusionCard:
     @property
     def names(self) -> tuple[str, ...]:
         """Names of classes; a converted model's are its labels, which name nothing."""
-        return () if self.classes == tuple(map(str, range(self.num_classes))) else self.classes
+        return () if self.classes == tuple(map(str, range(len(self.classes)))) else self.classes
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,7 @@ def read_diffusion_card(path: str) -> DiffusionCard:
         recipe, latents = config["recipe"], config["latents"]
         return DiffusionCard(
             path,
-            {"encoder": latents["encoder"], "shape": list(latents["shape"]), "image_size": int(latents["image_size"])},
+            {"encoder": told_encoder(latents), "shape": list(latents["shape"]), "image_size": side_of(latents)},
             DiffusionModelSpec.model_validate(tuples(recipe["model"])),
             FlowSpec.model_validate(tuples(recipe["flow"])).time_shift,
             recipe.get("label_dropout"),
@@ -62,6 +63,22 @@ def read_diffusion_card(path: str) -> DiffusionCard:
         )
     except UNREADABLE as error:
         raise CheckpointError(f"{path}: its config.json is not a diffusion model's: {error}") from None
+
+
+def told_encoder(latents: dict[str, Any]) -> dict[str, Any] | None:
+    """The encoder's identity; None: a converted model may not tell."""
+    encoder = latents["encoder"]
+    if encoder is not None and not isinstance(encoder, dict):
+        raise ValueError(f"latents.encoder is {str(encoder)[:40]!r}, expected its fields")
+    return encoder
+
+
+def side_of(latents: dict[str, Any]) -> int:
+    """Pixels a side of the images that the latents are of."""
+    side = int(latents["image_size"])
+    if not 0 < side <= MOST_PIXELS:
+        raise ValueError(f"latents.image_size is {side}, expected 1 to {MOST_PIXELS} pixels")
+    return side
 
 
 def read_autoencoder_card(name: str, model: DiffusionCard) -> AutoencoderCard:
@@ -72,7 +89,7 @@ def read_autoencoder_card(name: str, model: DiffusionCard) -> AutoencoderCard:
     try:
         latents, decoder = config["latents"], DecoderSpec.model_validate(tuples(config["recipe"]["decoder"]))
         encoder = EncoderSpec.model_validate(tuples(latents["encoder"]))
-        told = {"encoder": latents["encoder"], "shape": list(latents["shape"])}
+        told = {"encoder": told_encoder(latents), "shape": list(latents["shape"])}
         return AutoencoderCard(name, told, decoder, encoder.tokens_side * decoder.patch_size)
     except UNREADABLE as error:
         raise CheckpointError(f"{name}: its config.json is not a decoder's: {error}") from None
