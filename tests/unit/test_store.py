@@ -354,7 +354,7 @@ def test_int8_is_within_half_a_step_and_its_reader_gets_what_the_writer_said(tmp
         numbers, scales = quantise(views[view])
         assert ((numbers.float() * scales - views[view]).abs() <= scales * (0.5 + 1e-5)).all()
         for sample in range(5):
-            shard.read(sample, view, row)
+            shard.dequantise(sample, view, row)
             assert torch.equal(row.view(3, 4, 4), stored[view][sample])
     read = list(webdataset.WebDataset(str(tmp_path / "s.tar"), shardshuffle=False).decode())
     assert [sample["cls"] for sample in read] == list(range(5))
