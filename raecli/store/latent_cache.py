@@ -150,13 +150,13 @@ class Mapped:
     """
 
     def __init__(self, path: Path, layout: ShardLayout, samples: int) -> None:
-        self.layout = layout
         self.file = path.open("rb")
         self.map = mmap.mmap(self.file.fileno(), 0, access=mmap.ACCESS_READ)
         self.knows_what_is_cached = hasattr(os, "RWF_NOWAIT")
-        shape, strides = (samples, layout.latent_bytes), (layout.sample_bytes, 1)
-        offsets = [layout.latent_offset(0, view) for view in range(len(layout.views))]
-        self.numbers = [np.ndarray(shape, np.uint8, self.map, offset, strides) for offset in offsets]
+        self.begins = [layout.latent_offset(0, view) for view in range(len(layout.views))]
+        self.stride, self.room = layout.sample_bytes, layout.member_bytes  # once: a layout computes them at every call
+        shape, strides = (samples, layout.latent_bytes), (self.stride, 1)
+        self.numbers = [np.ndarray(shape, np.uint8, self.map, begin, strides) for begin in self.begins]
         if layout.quantised:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", UserWarning)  # it is read-only, as told; nothing writes to it
@@ -169,8 +169,8 @@ class Mapped:
 
     def will_need(self, sample: int, view: int) -> None:
         """Start reading a sample's view from the disk, if it is not in memory."""
-        start = self.layout.latent_offset(sample, view) // mmap.PAGESIZE * mmap.PAGESIZE
-        end = min(self.layout.latent_offset(sample, view) + self.layout.member_bytes, len(self.map))
+        begin = self.begins[view] + sample * self.stride
+        start, end = begin // mmap.PAGESIZE * mmap.PAGESIZE, min(begin + self.room, len(self.map))
         if not (self.cached(start) and self.cached(end - 1)):
             self.map.madvise(mmap.MADV_WILLNEED, start, end - start)
 
