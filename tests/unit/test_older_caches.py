@@ -12,8 +12,8 @@ from raecli.store.shards import ShardLayout, ShardWriter
 from raecli.store.statistics import STATISTICS, LatentSums
 
 # As commit 71a65c0 and its followers wrote it, key by key; what depends on the files is filled in.
-WRITTEN = """{"format": "rae-latents", "version": 1, "encoder": {"name": "digits-mae", "family": "mae", "loader": "folder",
-"architecture": "vit_mae", "path": "digits_mae", "weights": "digits_mae/model.safetensors",
+WRITTEN = """{"format": "rae-latents", "version": 1, "encoder": {"name": "digits-mae", "family": "mae",
+"loader": "folder", "architecture": "vit_mae", "path": "digits_mae", "weights": "digits_mae/model.safetensors",
 "weights_sha256": "00", "input_size": 32, "patch_size": 8, "width": 32, "prefix_tokens": 1, "norm_eps": 1e-12,
 "position_antialias": false, "mean": [0.5, 0.5, 0.5], "std": [0.5, 0.5, 0.5], "layers": "last"}, "image_size": 32,
 "preprocess": "adm-center-crop", "latent_shape": [32, 4, 4], "dtype": "fp32", "precision": "fp32", "views": "center",
