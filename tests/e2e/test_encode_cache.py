@@ -139,7 +139,7 @@ def test_bad_images_are_all_named_or_skipped_and_counted(tmp_path, rae):
         (
             ("--encoder", "dinov2-b", "IMAGES", "out"),
             2,
-            "no model.safetensors; bring it, or give another file with --weights FILE",
+            "Bring model.safetensors of the Hugging Face repository timm/vit_base_patch14_reg4_dinov2",
         ),
         (("--encoder", "digits-mae", "IMAGES", "out", "--samples-per-shard", "0"), 2, "--samples-per-shard"),
     ],
