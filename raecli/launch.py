@@ -7,7 +7,6 @@ import re
 import shlex
 import signal
 import sys
-import tempfile
 import types
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -15,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from raecli.console import end_if_caught
-from raecli.errors import ExitCode, Interrupted, Preempted, RaeError, UsageError, WorkerError
+from raecli.errors import ExitCode, InputError, Interrupted, Preempted, RaeError, UsageError, WorkerError
+from raecli.launch_folder import launch_folder
 from raecli.recipe.spec import Spec
 from raecli.training.result import PRINT_JSON
 
@@ -52,12 +52,13 @@ def start(stage: str, recipe: Spec, launch: LaunchOptions, *, dry_run: bool = Fa
             sys.stdout.flush()
             os._exit(code)  # threads of a broken collective must not hold the process
         return
-    with tempfile.NamedTemporaryFile("w", prefix="rae-", suffix=".yaml", encoding="utf-8") as file:
+    with launch_folder() as folder:
         from raecli.recipe.load import dump_recipe
 
-        file.write(dump_recipe(recipe))
-        file.flush()
-        run_elastic([sys.executable, "-m", "raecli.stages", file.name, str(launch.timeout_seconds)], launch)
+        file = folder / "recipe.yaml"
+        file.write_text(dump_recipe(recipe), encoding="utf-8")
+        command = [sys.executable, "-m", "raecli.stages", str(file), str(launch.timeout_seconds)]
+        run_elastic(command, launch, folder, cache=recipe.to_dict().get("cache"))
 
 
 def check_options(launch: LaunchOptions) -> None:
@@ -134,17 +135,20 @@ def check_port(port: str) -> None:
 def checked_ranks(joined: dict[str, str]) -> dict[str, str]:
     """Refuse junk in the variables that say who we are."""
     for name, value in joined.items():
-        if not (value.isdecimal() and value.isascii()):
+        if not (value.isdecimal() and value.isascii() and len(value) <= 7):
             raise UsageError(
-                f"the environment has {name}={value!r}, which is no number; unset it, or start with torchrun"
+                f"the environment has {name}={value[:40]!r}, which is no number; unset it, or start with torchrun"
             )
     if int(joined["RANK"]) >= int(joined["WORLD_SIZE"]):
         raise UsageError(f"the environment has RANK={joined['RANK']} in a world of {joined['WORLD_SIZE']}")
     return joined
 
 
-def run_elastic(command: list[str], launch: LaunchOptions) -> None:
-    """Start the workers under torch.distributed's elastic agent and map how they end to our errors."""
+def run_elastic(command: list[str], launch: LaunchOptions, folder: Path, *, cache: str | None) -> None:
+    """Start the workers under torch.distributed's elastic agent and map how they end to our errors.
+
+    folder: where they tell it. cache: the latents that they map, if they do.
+    """
     import logging
 
     from torch.distributed.elastic.multiprocessing.api import SignalException
@@ -155,18 +159,20 @@ def run_elastic(command: list[str], launch: LaunchOptions) -> None:
     logging.getLogger("torch.distributed.launcher").setLevel(logging.CRITICAL)
     config = elastic_config(launch)
     end_if_caught()
-    with tempfile.TemporaryDirectory(prefix="rae-") as folder:
-        os.environ |= {"RAE_LAUNCHER": str(os.getpid()), "RAE_EXIT_CODES": folder}
-        try:
-            stop_at_once_on_a_second_interrupt()
-            elastic_launch(config, command[0])(*command[1:])
-        except ChildFailedError as error:
-            ends = {rank: failure.exitcode for rank, failure in error.failures.items()}
-            raise error_of_workers(ends | exit_codes(folder)) from None
-        except SignalException as error:
-            raise error_of_signal(error.sigval, exit_codes(folder)) from None
-        except (RuntimeError, OSError, TimeoutError) as error:
-            raise WorkerError(f"the processes could not meet: {error}; look at --rdzv, or at the network") from None
+    ends = folder / "ends"
+    ends.mkdir()
+    user = json.dumps(["rae", *sys.argv[1:]])
+    os.environ |= {"RAE_LAUNCHER": str(os.getpid()), "RAE_EXIT_CODES": str(ends), "RAE_COMMAND": user}
+    try:
+        stop_at_once_on_a_second_interrupt()
+        elastic_launch(config, command[0])(*command[1:])
+    except ChildFailedError as error:
+        codes = {rank: failure.exitcode for rank, failure in error.failures.items()}
+        raise error_of_workers(codes | exit_codes(ends), cache) from None
+    except SignalException as error:
+        raise error_of_signal(error.sigval, exit_codes(ends)) from None
+    except (RuntimeError, OSError, TimeoutError) as error:
+        raise WorkerError(f"the processes could not meet: {error}; look at --rdzv, or at the network") from None
 
 
 def stop_at_once_on_a_second_interrupt() -> None:
@@ -190,9 +196,9 @@ def children() -> list[int]:
     return [int(child) for child in listed.read_text().split()] if listed.exists() else []
 
 
-def exit_codes(folder: str) -> dict[int, int]:
+def exit_codes(folder: Path) -> dict[int, int]:
     """What the workers of this machine said they end with, by rank; a killed one said nothing."""
-    return {int(path.name): int(path.read_text() or "1") for path in Path(folder).iterdir()}
+    return {int(path.name): int(path.read_text() or "1") for path in folder.iterdir()}
 
 
 def elastic_config(launch: LaunchOptions) -> Any:
@@ -229,8 +235,11 @@ def elastic_config(launch: LaunchOptions) -> Any:
     return LaunchConfig(**{name: value for name, value in options.items() if name in known})
 
 
-def error_of_workers(ends: Mapping[int, int]) -> RaeError:
-    """The error to end with. What a rank said itself outweighs a kill, and both outweigh what that did to others."""
+def error_of_workers(ends: Mapping[int, int], cache: str | None = None) -> RaeError:
+    """The error to end with. What a rank said itself outweighs a kill, and both outweigh what that did to others.
+
+    cache: the latents that ranks have mapped, to be named where one died of reading what is no longer there.
+    """
     verdicts = set(ExitCode) - {ExitCode.DONE, ExitCode.BUG, ExitCode.WORKER}
     told = {code: rank for rank, code in ends.items() if code in verdicts}
     killed = {rank: code for rank, code in ends.items() if code < 0}
@@ -240,6 +249,9 @@ def error_of_workers(ends: Mapping[int, int]) -> RaeError:
         error = RaeError(f"rank {rank} ended with exit code {code} ({ExitCode(code).name.lower()}); it said why above")
         error.exit_code = ExitCode(code)
         return error
+    if -signal.SIGBUS in killed.values():
+        rank = next(rank for rank, code in killed.items() if code == -signal.SIGBUS)
+        return cut_file(rank, cache)
     if killed:
         rank, code = next(iter(killed.items()))
         name = signal.Signals(-code).name
@@ -255,6 +267,14 @@ def error_of_workers(ends: Mapping[int, int]) -> RaeError:
         f"rank {ranks} waited in vain for another rank, which is lost or stalled; run the same command to resume, or "
         "give --timeout more seconds"
     )
+
+
+def cut_file(rank: int, cache: str | None) -> InputError:
+    """What SIGBUS means: a page of a mapped file could not be had."""
+    told = f"rank {rank} died of SIGBUS: a file that it had mapped was cut, or its disk failed"
+    if cache:
+        return InputError(f"{told}; rae verify {cache} names a shard that is bad, then run the same command to resume")
+    return InputError(f"{told}; look at the files that it read, then run the same command again")
 
 
 def error_of_signal(number: signal.Signals, ends: Mapping[int, int]) -> RaeError:

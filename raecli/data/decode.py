@@ -4,11 +4,13 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from raecli.data.device_resample import center_squares, equals_pillow, host_pixels
 from raecli.data.images import ImageSource
 from raecli.data.preprocess import center_square
 from raecli.errors import InputError
@@ -23,15 +25,22 @@ class Decoded:
     """Images of one batch that could be read, and what was wrong with the others."""
 
     indices: list[int]  # into the source
-    images: Tensor  # uint8 [B, 3, S, S]
+    images: Tensor  # uint8 [B, 3, S, S], where they were resampled
     skipped: list[Skipped]
 
 
 class Decoder:
-    """Reads images of a source as centre crops of `size` pixels."""
+    """Reads images of a source as centre crops of `size` pixels.
 
-    def __init__(self, source: ImageSource, size: int, *, threads: int, skip_bad: bool, pinned: bool) -> None:
-        self.source, self.size, self.skip_bad, self.pinned = source, size, skip_bad, pinned
+    resample_on: a device that resamples, once it has shown that its bits are Pillow's; None: the host does.
+    """
+
+    def __init__(
+        self, source: ImageSource, size: int, *, threads: int, skip_bad: bool, resample_on: torch.device | None
+    ) -> None:
+        self.source, self.size, self.skip_bad = source, size, skip_bad
+        self.device = resample_on if resample_on is not None and equals_pillow(resample_on) else None
+        self.pinned = resample_on is not None and resample_on.type == "cuda"
         self.pool = ThreadPoolExecutor(threads)
 
     def batch(self, indices: list[int]) -> Decoded:
@@ -40,23 +49,32 @@ class Decoder:
         skipped = [entry for entry in decoded if isinstance(entry, dict)]
         if skipped and not self.skip_bad:
             raise bad_images(self.source, skipped, self.one)
-        good = [entry for entry in decoded if isinstance(entry, np.ndarray)]
-        pixels = np.stack(good) if good else np.empty((0, self.size, self.size, 3), np.uint8)
-        images = torch.from_numpy(pixels)
-        images = (images.pin_memory() if self.pinned else images).permute(0, 3, 1, 2)
-        kept = [index for index, entry in zip(indices, decoded, strict=True) if isinstance(entry, np.ndarray)]
-        return Decoded(kept, images, skipped)
+        kept = [index for index, entry in zip(indices, decoded, strict=True) if not isinstance(entry, dict)]
+        return Decoded(kept, self.squares([entry for entry in decoded if not isinstance(entry, dict)]), skipped)
 
-    def one(self, index: int) -> np.ndarray | Skipped:
-        """The pixels of an image, uint8 [S, S, 3], or why there are none."""
+    def squares(self, pixels: list[Any]) -> Tensor:
+        """A batch out of what `one` gives."""
+        if not pixels:
+            return torch.empty((0, 3, self.size, self.size), dtype=torch.uint8)
+        if self.device is not None:
+            return center_squares([image.to(self.device, non_blocking=True) for image in pixels], self.size)
+        images = torch.from_numpy(np.stack(pixels))
+        return (images.pin_memory() if self.pinned else images).permute(0, 3, 1, 2)
+
+    def one(self, index: int) -> np.ndarray | Tensor | Skipped:
+        """The square of an image, uint8 [S, S, 3]; or what a device makes it of, in a tensor; or why there is none."""
         item = self.source.items[index]
         try:
+            if self.device is not None:
+                return host_pixels(item.read(), item.name, self.size, pinned=self.pinned)
             return center_square(item.read(), item.name, self.size)
         except InputError as error:
             return {"source": item.name, "reason": str(error).removeprefix(f"{item.name}: ")}
 
 
-def bad_images(source: ImageSource, bad: list[Skipped], decode: Callable[[int], np.ndarray | Skipped]) -> InputError:
+def bad_images(
+    source: ImageSource, bad: list[Skipped], decode: Callable[[int], np.ndarray | Tensor | Skipped]
+) -> InputError:
     """The error that lists every unreadable image found within a minute."""
     found = {entry["source"]: entry["reason"] for entry in bad}
     until, checked = time.monotonic() + CHECK_SECONDS, 0

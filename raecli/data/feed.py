@@ -1,6 +1,7 @@
 """Work done ahead of its use, in order: batches in a background thread, images in a pool of them."""
 
 import contextlib
+import mmap
 import queue
 import threading
 from collections.abc import Callable, Iterable, Iterator
@@ -162,10 +163,15 @@ class LatentFeed:
 
 
 def host_buffer(shape: tuple[int, ...], dtype: torch.dtype, *, pinned: bool) -> Tensor:
-    """Memory for a batch: pinned, or numpy's, which asks for huge pages (a fifth less time to fill)."""
+    """Memory for a batch: pinned, or numpy's, which asks for huge pages; it begins at a page either way.
+
+    memcpy to an address off a cache line, where np.empty's are, takes a third longer; and twice as long where that
+    is a little above the source's, counted within a page.
+    """
     if pinned:
         return torch.empty(shape, dtype=dtype, pin_memory=True)
     count = int(np.prod(shape)) * dtype.itemsize
-    memory = np.empty(count, np.uint8)
+    memory = np.empty(count + mmap.PAGESIZE, np.uint8)
     memory.fill(0)  # touched now, rather than in the first batches
-    return torch.from_numpy(memory).view(dtype).view(shape)
+    start = -memory.ctypes.data % mmap.PAGESIZE
+    return torch.from_numpy(memory[start : start + count]).view(dtype).view(shape)

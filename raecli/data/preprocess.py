@@ -16,7 +16,7 @@ from collections.abc import Callable
 import numpy as np
 from PIL import Image
 
-from raecli.data.resample import resized_window
+from raecli.data.resample import Window, resized_window
 from raecli.errors import InputError
 
 warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # decode_rgb refuses what it warns of
@@ -54,35 +54,47 @@ def decode_rgb(data: bytes, name: str) -> Image.Image:
     return image.convert("RGB")
 
 
-def decode_pixels(data: bytes, name: str) -> np.ndarray:
-    """decode_rgb's pixels, uint8 [H, W, 3]; plain JPEGs by simplejpeg where it is installed: the same, in less time."""
+Room = Callable[[tuple[int, int, int]], np.ndarray]
+
+
+def new_array(shape: tuple[int, int, int]) -> np.ndarray:
+    """Memory for an image, uint8 [H, W, 3]."""
+    return np.empty(shape, np.uint8)
+
+
+def decode_pixels(data: bytes, name: str, room: Room = new_array) -> np.ndarray:
+    """decode_rgb's pixels, uint8 [H, W, 3]; plain JPEGs by simplejpeg where it is installed: the same, in less time.
+
+    room: gives the memory that simplejpeg decodes to.
+    """
     if data[:3] == b"\xff\xd8\xff" and (quick := quick_jpeg()):
-        pixels = quick(data)
+        pixels = quick(data, room)
         if pixels is not None:
             return pixels
     return np.asarray(decode_rgb(data, name))
 
 
 @functools.lru_cache(maxsize=1)
-def quick_jpeg() -> Callable[[bytes], np.ndarray | None] | None:
+def quick_jpeg() -> Callable[[bytes, Room], np.ndarray | None] | None:
     """A decoder that returns None for what is Pillow's to judge; None where it is missing, or differs from Pillow."""
     try:
         import simplejpeg
     except ImportError:
         return None
 
-    def decode(data: bytes) -> np.ndarray | None:
+    def decode(data: bytes, room: Room) -> np.ndarray | None:
         with contextlib.suppress(ValueError):  # damaged, or no JPEG after all: Pillow says what it is
             high, wide, colours, _ = simplejpeg.decode_jpeg_header(data)
             if colours in ("YCbCr", "Gray") and wide * high <= (Image.MAX_IMAGE_PIXELS or math.inf):
-                return simplejpeg.decode_jpeg(data, fastdct=False, fastupsample=False)
+                memory = room((high, wide, 3))
+                return simplejpeg.decode_jpeg(data, fastdct=False, fastupsample=False, buffer=memory)
         return None
 
     pixels = np.random.default_rng(0).integers(0, 256, (37, 51, 3), dtype=np.uint8)
     for subsampling in (0, 1, 2):  # two builds of libjpeg-turbo: held against each other once
         buffer = io.BytesIO()
         Image.fromarray(pixels).save(buffer, "JPEG", quality=90, subsampling=subsampling)
-        if not np.array_equal(decode(buffer.getvalue()), np.asarray(decode_rgb(buffer.getvalue(), "trial"))):
+        if not np.array_equal(decode(buffer.getvalue(), new_array), np.asarray(decode_rgb(buffer.getvalue(), "trial"))):
             return None
     return decode
 
@@ -97,6 +109,11 @@ def shorter_sides(wide: int, high: int, size: int) -> tuple[list[tuple[int, int]
     return halves, (round(wide * scale), round(high * scale))
 
 
+def center_window(wide: int, high: int, size: int) -> Window:
+    """The square of `size` in the middle, as guided-diffusion rounds it."""
+    return (wide - size) // 2, (high - size) // 2, size, size
+
+
 def resized_crop(pixels: np.ndarray, shorter: int, size: int, across: float | None, down: float | None) -> np.ndarray:
     """The shorter side to `shorter`, halved by BOX and then BICUBIC; of that a crop of `size` at fractions of the room.
 
@@ -105,8 +122,9 @@ def resized_crop(pixels: np.ndarray, shorter: int, size: int, across: float | No
     halves, (wide, high) = shorter_sides(pixels.shape[1], pixels.shape[0], shorter)
     for half in halves:
         pixels = resized_window(pixels, half, (0, 0, *half), "box")
-    left = (wide - size) // 2 if across is None else int(across * (wide - size + 1))
-    top = (high - size) // 2 if down is None else int(down * (high - size + 1))
+    left, top, *_ = center_window(wide, high, size)
+    left = left if across is None else int(across * (wide - size + 1))
+    top = top if down is None else int(down * (high - size + 1))
     if wide * high > WINDOW_PIXELS:
         return boxed(pixels, shorter)[:size, :size]
     return resized_window(pixels, (wide, high), (left, top, size, size), "bicubic")

@@ -120,7 +120,7 @@ def encode_shards(job: Job, shards: Iterator[int], ranks: Ranks, claims: Claims 
         job.recipe.image_size,
         threads=decode_threads(),
         skip_bad=job.recipe.on_bad_image == "skip",
-        pinned=ranks.device.type == "cuda",
+        resample_on=ranks.device if ranks.device.type == "cuda" else None,
     )
     progress = Progress(images_to_make(job, ranks), "images", "encode-cache", shown=ranks.is_main)
     made: list[int] = []

@@ -1,5 +1,6 @@
 """Checkpoints: a folder of safetensors and JSON that is complete or absent. No pickle."""
 
+import hashlib
 import json
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from raecli.errors import CheckpointError, InputError, NonFiniteError, StorageError
 from raecli.store.artifact import CONFIG, checkpoint_folders
 from raecli.store.atomic import atomic_folder, remove_folder, sha256_of, write_json
+from raecli.store.checksum import checksums
 from raecli.store.json_file import read_json
 from raecli.store.room import check_free
 from raecli.store.statistics import STATISTICS, LatentStatistics
@@ -92,12 +94,15 @@ def save_checkpoint(
     check_finite(ema, run)
     with atomic_folder(folder) as scratch:  # one that is there was found bad: it is replaced
         parts = {MODEL: model, EMA: ema, OPTIMIZER: optimizer}
-        digests = {name: write_tensors(contiguous(tensors), scratch / name) for name, tensors in parts.items()}
+        written = {name: write_tensors(contiguous(tensors), scratch / name) for name, tensors in parts.items()}
         statistics.save(scratch / STATISTICS)
         write_json(scratch / CONFIG, config)
-        digests |= {name: sha256_of(scratch / name) for name in (STATISTICS, CONFIG)}
-        write_json(scratch / STATE, {"step": step, **state, "sha256": digests})
-    for name in damaged_files(folder, digests):
+        small = checksums(scratch, (STATISTICS, CONFIG))
+        written |= {name: (sha256_of(scratch / name), checksum) for name, checksum in small.items()}
+        digests, sums = ({name: pair[kind] for name, pair in written.items()} for kind in (0, 1))
+        told = {"step": step, **state, "checksums": sums, "sha256": digests}
+        write_json(scratch / STATE, told | {"seal": seal_of(told)})
+    for name in damaged_files(folder, told):
         raise StorageError(f"{folder / name}: reads back other bytes than were written; the disk is failing")
     for old in outdated(checkpoint_folders(run), folder, keep):
         remove_folder(old)
@@ -126,18 +131,30 @@ def check_space(run: Path, tensors: list[Tensor], keep: int) -> None:
     check_free(run, needed, f"{keep + 1} checkpoints and final/", advice)
 
 
-def damaged_files(folder: Path, digests: dict[str, str]) -> list[str]:
-    """Files whose sha256 is another than told; each is read by a thread of its own."""
-    with ThreadPoolExecutor(len(digests)) as pool:
-        found = pool.map(lambda name: sha256_of(folder / name), digests)
-    return [name for (name, told), digest in zip(digests.items(), found, strict=True) if told != digest]
+def seal_of(state: dict[str, Any]) -> str:
+    """A digest of a state as JSON tells it, whatever its layout."""
+    told = json.loads(json.dumps(state))  # as it will be read: every key a string
+    return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
+
+
+def damaged_files(folder: Path, state: dict[str, Any]) -> list[str]:
+    """Files that are not as their checkpoint's state tells: by checksums, or by sha256 in states that have no other."""
+    told = state["checksums"] if "checksums" in state else state["sha256"]
+    if "checksums" in state:
+        found = checksums(folder, told)
+    else:
+        with ThreadPoolExecutor(len(told)) as pool:
+            found = dict(zip(told, pool.map(lambda name: sha256_of(folder / name), told), strict=True))
+    return [name for name in told if found[name] != told[name]]
 
 
 def read_checkpoint(folder: Path) -> Checkpoint:
-    """Read a checkpoint, every file held against its digest. Raises CheckpointError saying what is wrong."""
+    """Read a checkpoint, every file held against what its state tells. Raises CheckpointError saying what is wrong."""
     try:
         state = read_json(folder / STATE, CheckpointError)
-        for name in damaged_files(folder, state["sha256"]):
+        if state.pop("seal", None) not in (None, seal_of(state)):
+            raise CheckpointError(f"{folder / STATE}: its bytes changed since it was written")
+        for name in damaged_files(folder, state):
             raise CheckpointError(f"{folder / name}: its bytes changed since it was written")
         config = read_json(folder / CONFIG, CheckpointError)
         tensors = [load_file(folder / name) for name in (MODEL, EMA, OPTIMIZER)]

@@ -1,6 +1,7 @@
 """A run's folder: its recipe, its environment, its log of figures."""
 
 import json
+import os
 import platform
 import sys
 from importlib import metadata
@@ -31,6 +32,7 @@ OPERATIONAL = {
     "output",
 }
 METRICS = "metrics.jsonl"
+COMMAND = "RAE_COMMAND"  # variable: what the user typed, as the launcher tells its workers
 
 
 def prepare_run(run: Path, recipe: Spec, world: int) -> None:
@@ -61,7 +63,7 @@ def environment() -> dict[str, Any]:
     return {
         "python": platform.python_version(),
         "platform": platform.platform(),
-        "command": sys.argv,
+        "command": json.loads(os.environ[COMMAND]) if COMMAND in os.environ else sys.argv,
         "packages": {name: metadata.version(name) for name in packages},
     }
 

@@ -116,7 +116,7 @@ class ShardLayout:
         return view * len(self.views) + [len(str(label))]
 
     def strided(self, data: Tensor, samples: int) -> tuple[list[Tensor], list[Tensor]]:
-        """A shard's bytes as tensors on them, one a view: numbers [samples, C*H*W]; with int8 scales [samples, C]."""
+        """An int8 shard's bytes as tensors on them, one a view: numbers [samples, C*H*W] and scales [samples, C]."""
 
         def tensor(dtype: torch.dtype, offset: int, count: int) -> Tensor:
             size = dtype.itemsize
@@ -125,8 +125,6 @@ class ShardLayout:
         dtype, views = TORCH_DTYPES[self.dtype], range(len(self.views))
         count = self.latent_bytes // dtype.itemsize
         numbers = [tensor(dtype, self.latent_offset(0, view), count) for view in views]
-        if not self.quantised:
-            return numbers, []
         return numbers, [tensor(torch.float32, self.scale_offset(0, view), self.latent_shape[0]) for view in views]
 
 

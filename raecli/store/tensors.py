@@ -10,6 +10,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from raecli.errors import StorageError
+from raecli.store.checksum import Checksum
 
 DTYPES = {  # safetensors' names, in its order: in a file the last come first
     torch.bool: "BOOL", torch.uint8: "U8", torch.int8: "I8", torch.int16: "I16", torch.float16: "F16",
@@ -45,15 +46,15 @@ def save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
         raise refused(tensors, path, error) from None
 
 
-def write_tensors(tensors: dict[str, Tensor], path: Path) -> str:
-    """Write tensors of the host to a safetensors file as they lie in memory; returns its sha256.
+def write_tensors(tensors: dict[str, Tensor], path: Path) -> tuple[str, str]:
+    """Write tensors of the host to a safetensors file as they lie in memory; returns its sha256 and its checksum.
 
     For a background thread: the lock of Python is not held while bytes are written and hashed, nothing is copied.
     Raises StorageError with the path and the bytes needed if the disk refuses.
     """
     ranks = {dtype: rank for rank, dtype in enumerate(DTYPES)}
     ordered = sorted(tensors.items(), key=lambda item: (-ranks[item[1].dtype], item[0]))
-    digest = hashlib.sha256()
+    digest, checksum = hashlib.sha256(), Checksum()
     try:
         with path.open("wb", buffering=0) as file:
             for part in (header_of(ordered), *(bytes_of(tensor) for _, tensor in ordered)):
@@ -61,9 +62,10 @@ def write_tensors(tensors: dict[str, Tensor], path: Path) -> str:
                     piece = part[start : start + PIECE]
                     file.write(piece)
                     digest.update(piece)
+                    checksum.update(piece)
     except OSError as error:
         raise refused(tensors, path, error) from None
-    return digest.hexdigest()
+    return digest.hexdigest(), checksum.hexdigest()
 
 
 def header_of(ordered: list[tuple[str, Tensor]]) -> memoryview:

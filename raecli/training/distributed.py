@@ -105,7 +105,10 @@ def join_ranks(timeout_seconds: float) -> Ranks:
     if torch.cuda.is_available():
         if world > 1 and "LOCAL_RANK" not in os.environ:
             raise UsageError("WORLD_SIZE is above 1 and LOCAL_RANK is not set: which GPU is this rank's?")
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        local, gpus = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+        if local >= gpus:
+            raise UsageError(f"LOCAL_RANK is {local}, this machine has {gpus} GPUs: start one rank a GPU")
+        device = torch.device("cuda", local)
         torch.cuda.set_device(device)
     if world > 1:
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"

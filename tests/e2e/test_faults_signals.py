@@ -4,6 +4,7 @@ import json
 import os
 import random
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -55,6 +56,19 @@ def test_a_signal_has_all_ranks_save_at_one_step_and_leaves_no_orphan(tmp_path, 
     (saved,) = (tmp_path / "run" / "checkpoints").iterdir()  # one, whole: no scratch beside it
     last = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-1])["step"]
     assert newest_checkpoint(tmp_path / "run").step == last == int(saved.name[5:])  # the step that all agreed on
+
+
+def test_a_shard_that_is_cut_while_it_is_mapped_is_an_input_problem(tmp_path, cache):
+    shutil.copytree(cache, tmp_path / "latents")
+    process = start(*diffusion("latents"), cwd=tmp_path)
+    wait_for(process, is_at_work(tmp_path))
+    for shard in (tmp_path / "latents").glob("*.tar"):
+        os.truncate(shard, 0)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 3, err
+    assert "SIGBUS" in err and "rae verify latents" in err and "Traceback" not in err
+    told = json.loads((tmp_path / "run" / "environment.json").read_text())
+    assert told["command"][:3] == ["rae", "train-diffusion", "digits/diffusion"]  # not the worker's own
 
 
 def test_a_second_interrupt_stops_at_once_even_where_a_rank_stalls(tmp_path, cache):

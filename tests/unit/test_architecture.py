@@ -22,7 +22,17 @@ FLOORS = {
     "sampling": 3.75,  # noise to images: models, labels, decoding; a sweep measures them by evaluation/
     "stages": 4,
 }
-DOOR = {"__init__", "__main__", "launch", "plan", "doctor", "inspection", "report", "cli"}  # above all floors
+DOOR = {
+    "__init__",
+    "__main__",
+    "launch",
+    "launch_folder",
+    "plan",
+    "doctor",
+    "inspection",
+    "report",
+    "cli",
+}  # above all floors
 FLAT = ("flow", "losses", "metrics")  # take numbers, never a recipe
 
 
