@@ -37,7 +37,7 @@ from raecli.training.distributed import Ranks
 from raecli.training.ema import Ema
 from raecli.training.optimizer import optimizer_of
 
-PRODUCTS = ("mm", "convolution", "attention")  # mm: addmm, bmm too
+PRODUCTS = ("mm", "convolution", "attention", "linear_product")  # mm: addmm, bmm too
 
 
 def resolved_recipe(name: str, overrides: list[str], batch: int, device: str) -> TrainDiffusionRecipe:
@@ -52,7 +52,7 @@ def our_step(model: nn.Module, batch: Batch, recipe: TrainDiffusionRecipe, ranks
     """The stage's own step."""
     shape = tuple(batch.latents.shape[1:])
     state = State(model, model, Ema(model, recipe.ema_decay), optimizer_of(model, recipe), 0)
-    statistics_ = LatentStatistics(None, torch.ones(shape)).to(ranks.device)
+    statistics_ = LatentStatistics(None, torch.ones(shape)).to(ranks.device).channels_last()
 
     def step() -> None:
         train_step(state, batch, statistics_, recipe, ranks)
