@@ -118,24 +118,25 @@ class GatedSum(torch.autograd.Function):
 
 
 class GatedHidden(torch.autograd.Function):
-    """Keeps its input alone; both halves' gradients are written where the input's gradient has them."""
+    """Both halves' gradients are written where the gradient of the whole has them, not copied there."""
 
     @staticmethod
     def forward(ctx, gate_and_value: Tensor) -> Tensor:
         """As gated_hidden."""
-        ctx.save_for_backward(gate_and_value)
         gate, value = gate_and_value.chunk(2, dim=-1)
-        return F.silu(gate).mul_(value)
+        opened = F.silu(gate)
+        ctx.save_for_backward(gate_and_value, opened)
+        return opened * value
 
     @staticmethod
     @once_differentiable
     def backward(ctx, gradient: Tensor) -> Tensor:
         """The gradient of both halves."""
-        (gate_and_value,) = ctx.saved_tensors
+        gate_and_value, opened = ctx.saved_tensors
         gate, value = gate_and_value.chunk(2, dim=-1)
         whole = torch.empty_like(gate_and_value)
         of_gate, of_value = whole.chunk(2, dim=-1)
-        torch.mul(gradient, F.silu(gate), out=of_value)
+        torch.mul(gradient, opened, out=of_value)
         torch.ops.aten.silu_backward.grad_input(gradient * value, gate, grad_input=of_gate)
         return whole
 
@@ -158,7 +159,7 @@ class RotatedHeads(torch.autograd.Function):
         back = rotation.conj().resolve_conj()
         batch, tokens, *rest = of_values.shape
         whole = of_values.new_empty(batch, tokens, 3, *rest)
-        for target, gradient in zip(whole.unbind(2), (of_queries, of_keys)):
+        for target, gradient in zip(whole[:, :, :2].unbind(2), (of_queries, of_keys), strict=True):
             target.copy_(turned(gradient.contiguous(), back))
         whole[:, :, 2] = of_values
         return whole, None

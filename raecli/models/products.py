@@ -43,16 +43,17 @@ class Product(torch.autograd.Function):
     """The weight's gradient stays MKL's: its operands are transposed, where oneDNN is no quicker."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """As Linear."""
         ctx.save_for_backward(x, weight)
         return linear_product(x, weight, bias)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, gradient: Tensor) -> tuple[Tensor | None, Tensor, Tensor]:
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor | None, Tensor, Tensor | None]:
         """Gradients of x, weight and bias."""
         x, weight = ctx.saved_tensors
         of_x = linear_product(gradient, weight.mT, None) if ctx.needs_input_grad[0] else None
         rows = gradient.flatten(0, -2)
-        return of_x, rows.mT @ x.flatten(0, -2), rows.sum(0)
+        of_bias = rows.new_ones(len(rows)) @ rows if ctx.needs_input_grad[2] else None  # half the time of a sum
+        return of_x, rows.mT @ x.flatten(0, -2), of_bias
