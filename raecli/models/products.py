@@ -9,6 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+HAS_ONEDNN = torch.backends.mkldnn.is_available()  # asked here: inside a block the question would break its graph
+
 
 class Linear(nn.Linear):
     """nn.Linear with the same weights, names and values."""
@@ -22,7 +24,7 @@ class Linear(nn.Linear):
 
 def by_onednn(x: Tensor, weight: Tensor) -> bool:
     """Whether a layer's products are oneDNN's: trained, in float32, on a CPU."""
-    trained = weight.requires_grad and torch.is_grad_enabled() and torch.backends.mkldnn.is_available()
+    trained = HAS_ONEDNN and weight.requires_grad and torch.is_grad_enabled()
     plain = x.device.type == "cpu" and x.dtype == weight.dtype == torch.float32
     return trained and plain and not torch.is_autocast_enabled("cpu")
 
