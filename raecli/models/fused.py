@@ -43,8 +43,8 @@ def rotated_heads(projected: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, 
     projected: [B, N, 3, heads, channels]; cos, sin: [N, channels / 2]. Turned in the angles' dtype.
     """
     if torch.compiler.is_compiling():
-        pair = rotate(projected[:, :, :2].type_as(cos), cos[:, None, None], sin[:, None, None]).type_as(projected)
-        queries, keys, values = *pair.unbind(2), projected[:, :, 2]
+        queries, keys, values = projected.unbind(2)
+        queries, keys = (rotate(x.type_as(cos), cos[:, None], sin[:, None]).type_as(x) for x in (queries, keys))
     else:
         queries, keys, values = RotatedHeads.apply(projected, torch.complex(cos, sin)[:, None])
     return queries.transpose(1, 2), keys.transpose(1, 2), values.transpose(1, 2)
