@@ -115,7 +115,7 @@ class TimeEmbed(nn.Module):
     def __init__(self, width: int, frequencies: int = 256) -> None:
         super().__init__()
         self.register_buffer("frequencies", torch.randn(frequencies))  # saved with the weights
-        self.mlp = nn.Sequential(Linear(2 * frequencies, width), nn.SiLU(), nn.Linear(width, width))
+        self.mlp = nn.Sequential(Linear(2 * frequencies, width), nn.SiLU(), Linear(width, width))
 
     def forward(self, t: Tensor) -> Tensor:
         """t: [B] in [0, 1] -> [B, width]. In float32, whatever the autocast: one row an image costs nothing."""
