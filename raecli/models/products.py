@@ -1,7 +1,7 @@
 """Linear layers whose products are oneDNN's in a training step on a CPU.
 
-PyTorch gives float32 products to MKL, which reaches nine tenths of what oneDNN does on an AMD core; on Intel's they are
-alike. What is not trained, not in float32 or not on a CPU takes PyTorch's own way.
+PyTorch gives float32 products to MKL, at nine tenths of the speed of oneDNN on an AMD core (docs/measurements.md).
+What is not trained, not in float32 or not on a CPU takes PyTorch's own way.
 """
 
 import torch
@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-HAS_ONEDNN = torch.backends.mkldnn.is_available()  # asked here: inside a block the question would break its graph
+# asked once: inside a block the question would break its graph. The operation is PyTorch's own, and not documented
+HAS_ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 
 class Linear(nn.Linear):
