@@ -37,7 +37,7 @@ from raecli.training.distributed import Ranks
 from raecli.training.ema import Ema
 from raecli.training.optimizer import optimizer_of
 
-PRODUCTS = ("mm", "convolution", "attention")  # mm: addmm, bmm too
+PRODUCTS = ("mm", "convolution", "attention", "linear_product")  # mm: addmm, bmm too
 
 
 def resolved_recipe(name: str, overrides: list[str], batch: int, device: str) -> TrainDiffusionRecipe:
@@ -52,7 +52,7 @@ def our_step(model: nn.Module, batch: Batch, recipe: TrainDiffusionRecipe, ranks
     """The stage's own step."""
     shape = tuple(batch.latents.shape[1:])
     state = State(model, model, Ema(model, recipe.ema_decay), optimizer_of(model, recipe), 0)
-    statistics_ = LatentStatistics(None, torch.ones(shape)).to(ranks.device)
+    statistics_ = LatentStatistics(None, torch.ones(shape)).to(ranks.device).channels_last()
 
     def step() -> None:
         train_step(state, batch, statistics_, recipe, ranks)
@@ -120,7 +120,7 @@ class ProductClock(TorchDispatchMode):
 def product_seconds(step: Callable[[], None], device: torch.device) -> float:
     """Seconds of a step inside matrix products. On a GPU those of their kernels."""
     if device.type == "cpu":
-        with ProductClock() as clock:
+        with ProductClock() as clock, torch.compiler.set_stance("force_eager"):
             step()
         return clock.seconds
     with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as seen:
@@ -129,10 +129,12 @@ def product_seconds(step: Callable[[], None], device: torch.device) -> float:
     return sum(event.self_device_time_total for event in events if event.key.startswith("aten::")) / 1e6
 
 
-def alternated(measure: Callable[..., float], steps: list[Callable], device: torch.device, repeats: int) -> list[float]:
-    """The median of each step's measurements, taken in turn."""
-    rounds = [[measure(step, device) for step in steps] for _ in range(repeats)]
-    return [statistics.median(column) for column in zip(*rounds, strict=True)]
+def alternated(steps: list[Callable], device: torch.device, repeats: int) -> tuple[list[float], list[float]]:
+    """Medians of each step's seconds and of those inside its products, all taken in turn: a busy machine hits all."""
+    measures = [(measure, step) for step in steps for measure in (seconds, product_seconds)]
+    rounds = [[measure(step, device) for measure, step in measures] for _ in range(repeats)]
+    medians = [statistics.median(column) for column in zip(*rounds, strict=True)]
+    return medians[::2], medians[1::2]
 
 
 def redrawn(model: nn.Module) -> nn.Module:
@@ -174,12 +176,11 @@ def main() -> None:
     steps = [our_step(model, batch, recipe, ranks), their_step(code, theirs, batch, recipe, ranks)]
     for step in steps * 2:  # warm: the allocator, the optimiser's state
         step()
-    products = alternated(product_seconds, steps, ranks.device, told.repeats)
     if told.compile:
         compile_blocks(model)
         for _ in range(3):
             steps[0]()
-    whole = alternated(seconds, steps, ranks.device, told.repeats)
+    whole, products = alternated(steps, ranks.device, told.repeats)
     rest = [one - other for one, other in zip(whole, products, strict=True)]
     shared = {
         "model": told.model, "overrides": told.overrides, "batch": told.batch, "compile": told.compile,

@@ -1,5 +1,6 @@
 """DiT (LightningDiT's form) and DiT-DH, its backbone with a wide shallow DDT head. Sec. 5, App. F, Table 13."""
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -12,6 +13,7 @@ from raecli.models.layers import (
     sincos_positions,
     unpatchify,
 )
+from raecli.models.products import Linear
 
 
 class DiffusionTransformer(nn.Module):
@@ -86,7 +88,7 @@ class DiT(DiffusionTransformer):
 
     def forward(self, noisy: Tensor, t: Tensor, labels: Tensor) -> Tensor:
         """Velocity of a noisy map. t: [B] in [0, 1]; labels: [B], num_classes is the null label."""
-        condition = (self.time_embed(t) + self.label_embed(labels))[:, None]
+        condition = F.silu(self.time_embed(t) + self.label_embed(labels))[:, None]
         x = self.patch_embed(noisy) + self.positions
         for block in self.blocks:
             x = block(x, condition, self.rotary_cos, self.rotary_sin)
@@ -119,7 +121,7 @@ class DiTDH(DiffusionTransformer):
             in_channels=in_channels, input_size=input_size, patch_size=patch_size, width=width, num_classes=num_classes
         )
         self.backbone = nn.ModuleList(Block(width, heads, mlp_ratio) for _ in range(depth))
-        self.project = nn.Linear(width, head_width) if width != head_width else nn.Identity()
+        self.project = Linear(width, head_width) if width != head_width else nn.Identity()
         self.head_patch_embed = PatchEmbed(in_channels, head_width, patch_size)
         self.head = nn.ModuleList(Block(head_width, head_heads, mlp_ratio) for _ in range(head_depth))
         self.final = FinalLayer(head_width, patch_size**2 * in_channels)
@@ -130,15 +132,17 @@ class DiTDH(DiffusionTransformer):
     def forward(self, noisy: Tensor, t: Tensor, labels: Tensor) -> Tensor:
         """Velocity of a noisy map. t: [B] in [0, 1]; labels: [B], num_classes is the null label."""
         time = self.time_embed(t)[:, None]
-        condition = F.silu(time + self.label_embed(labels)[:, None])
+        condition = F.silu(F.silu(time + self.label_embed(labels)[:, None]))  # twice, as released
+        noisy = noisy.contiguous(memory_format=torch.channels_last)  # read twice
         z = self.patch_embed(noisy) + self.positions
         for block in self.backbone:
             z = block(z, condition, self.rotary_cos, self.rotary_sin)
         z = self.project(F.silu(z + time))  # no label here, as released
+        condition = F.silu(z)
         x = self.head_patch_embed(noisy)  # no positions either: App. F
         for block in self.head:
-            x = block(x, z, self.head_rotary_cos, self.head_rotary_sin)
-        return unpatchify(self.final(x, z), self.patch_size)
+            x = block(x, condition, self.head_rotary_cos, self.head_rotary_sin)
+        return unpatchify(self.final(x, condition), self.patch_size)
 
 
 def parameter_count(model: nn.Module) -> int:

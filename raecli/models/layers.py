@@ -7,7 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-RMS_EPS = 1e-6
+from raecli.models.fused import gated_hidden, gated_sum, modulated_norm, rotated_heads
+from raecli.models.products import Linear
 
 
 def sincos_positions(side: int, width: int) -> Tensor:
@@ -37,59 +38,13 @@ def rotary_angles(side: int, head_channels: int) -> Tensor:
     return torch.cat([rows, columns], dim=1)
 
 
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn interleaved channel pairs by their angles. x: [..., channels], float; cos, sin: [..., channels / 2].
-
-    A complex product: one pass where the real form takes four. A compiler fuses the real form and knows no complex.
-    """
-    if torch.compiler.is_compiling():
-        first, second = x.unflatten(-1, (-1, 2)).unbind(-1)
-        return torch.stack([first * cos - second * sin, second * cos + first * sin], dim=-1).flatten(-2)
-    turned = torch.view_as_complex(x.unflatten(-1, (-1, 2))) * torch.complex(cos, sin)
-    return torch.view_as_real(turned).flatten(-2)
-
-
-class ScaledNorm(torch.autograd.Function):
-    """x / rms(x) times a scale plus a shift, in as few passes over memory as it takes, forward and backward.
-
-    With n = x / rms and p = grad n: the gradient of the scale is p, of the shift grad, both summed over tokens where
-    they are one an image; of x it is (grad scale - n mean(p scale)) / rms.
-    """
-
-    @staticmethod
-    def forward(ctx, x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
-        """x: float32 [B, N, width]; scale, shift: float32 [B, 1 or N, width]."""
-        width = x.shape[-1]
-        inverse = (torch.linalg.vector_norm(x, dim=-1, keepdim=True).square() / width + RMS_EPS).rsqrt()
-        normed = x * inverse
-        ctx.save_for_backward(normed, inverse, scale)
-        return torch.addcmul(shift, normed, scale)
-
-    @staticmethod
-    def backward(ctx, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Gradients of x, scale and shift."""
-        normed, inverse, scale = ctx.saved_tensors
-        product = gradient * normed
-        if scale.shape[1] == 1:  # one an image: the mean is a matrix-vector product, the gradients are sums
-            along = product @ scale.mT
-            of_scale, of_shift = product.sum(1, keepdim=True), gradient.sum(1, keepdim=True)
-        else:
-            along = torch.linalg.vecdot(product, scale)[..., None]
-            of_scale, of_shift = product, gradient
-        of_x = torch.addcmul(gradient * scale, normed, along, value=-1 / normed.shape[-1]) * inverse
-        return of_x, of_scale, of_shift
-
-
 def norm_dtype(x: Tensor) -> torch.dtype:
     """float32 at least: a norm of bfloat16 is taken in float32, one of float64 stays what it is."""
     return torch.promote_types(x.dtype, torch.float32)
 
 
 class RMSNorm(nn.Module):
-    """Root-mean-square normalisation in float32 times its weight, then adaLN's x (1 + scale) + shift. eps 1e-6.
-
-    Weight and scale are multiplied first: one an image, that is a row instead of a pass over all tokens.
-    """
+    """Root-mean-square normalisation in float32 times its weight, then adaLN's x (1 + scale) + shift. eps 1e-6."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -97,11 +52,7 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
         """x: [B, N, width]; shift, scale: [B, 1, width], or [B, N, width] in the DDT head. Out in float32."""
-        weight, x, scale, shift = (tensor.to(norm_dtype(x)) for tensor in (self.weight, x, scale, shift))
-        scale = torch.addcmul(weight, weight, scale)
-        if not torch.compiler.is_compiling():
-            return ScaledNorm.apply(x, scale, shift)
-        return torch.addcmul(shift, F.rms_norm(x, (x.shape[-1],), eps=RMS_EPS), scale)
+        return modulated_norm(*(tensor.to(norm_dtype(x)) for tensor in (x, self.weight, shift, scale)))
 
 
 class Attention(nn.Module):
@@ -110,16 +61,13 @@ class Attention(nn.Module):
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
         self.heads = heads
-        self.qkv = nn.Linear(width, 3 * width)
-        self.out = nn.Linear(width, width)
+        self.qkv = Linear(width, 3 * width)
+        self.out = Linear(width, width)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         """[B, N, width] -> [B, N, width]; cos, sin: [N, width / heads / 2]."""
         projected = self.qkv(x).unflatten(-1, (3, self.heads, -1))  # [B, N, 3, heads, channels]
-        pair, values = projected.split((2, 1), dim=2)
-        turned = rotate(pair.type_as(cos), cos[:, None, None], sin[:, None, None]).type_as(values)
-        queries, keys, values = (part.transpose(1, 2) for part in (*turned.unbind(2), values.squeeze(2)))
-        mixed = F.scaled_dot_product_attention(queries, keys, values)  # [B, heads, N, channels]
+        mixed = F.scaled_dot_product_attention(*rotated_heads(projected, cos, sin))  # [B, heads, N, channels]
         return self.out(mixed.transpose(1, 2).flatten(2))
 
 
@@ -129,13 +77,12 @@ class SwiGLU(nn.Module):
     def __init__(self, width: int, ratio: float) -> None:
         super().__init__()
         hidden = int(2 / 3 * int(ratio * width))
-        self.gate_and_value = nn.Linear(width, 2 * hidden)
-        self.out = nn.Linear(hidden, width)
+        self.gate_and_value = Linear(width, 2 * hidden)
+        self.out = Linear(hidden, width)
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., width] -> [..., width]."""
-        gate, value = self.gate_and_value(x).chunk(2, dim=-1)
-        return self.out(F.silu(gate) * value)
+        return self.out(gated_hidden(self.gate_and_value(x)))
 
 
 class PatchEmbed(nn.Module):
@@ -144,7 +91,7 @@ class PatchEmbed(nn.Module):
     def __init__(self, channels: int, width: int, patch_size: int) -> None:
         super().__init__()
         self.patch_size = patch_size
-        self.linear = nn.Linear(channels * patch_size**2, width)
+        self.linear = Linear(channels * patch_size**2, width)
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, C, H, W] -> [B, H W / patch^2, width], row-major."""
@@ -168,7 +115,7 @@ class TimeEmbed(nn.Module):
     def __init__(self, width: int, frequencies: int = 256) -> None:
         super().__init__()
         self.register_buffer("frequencies", torch.randn(frequencies))  # saved with the weights
-        self.mlp = nn.Sequential(nn.Linear(2 * frequencies, width), nn.SiLU(), nn.Linear(width, width))
+        self.mlp = nn.Sequential(Linear(2 * frequencies, width), nn.SiLU(), Linear(width, width))
 
     def forward(self, t: Tensor) -> Tensor:
         """t: [B] in [0, 1] -> [B, width]. In float32, whatever the autocast: one row an image costs nothing."""
@@ -186,20 +133,20 @@ class Block(nn.Module):
         self.attention = Attention(width, heads)
         self.norm2 = RMSNorm(width)
         self.mlp = SwiGLU(width, mlp_ratio)
-        self.modulation = nn.Linear(width, 6 * width)
+        self.modulation = Linear(width, 6 * width)
         self.recomputes = False  # its activations in the backward pass, instead of keeping them
 
     def forward(self, x: Tensor, condition: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        """x: [B, N, width]; condition: [B, 1 or N, width]."""
+        """x: [B, N, width]; condition: [B, 1 or N, width], through SiLU already: once for all blocks."""
         if self.recomputes and torch.is_grad_enabled():
             return checkpoint(self.body, x, condition, cos, sin, use_reentrant=False, preserve_rng_state=False)
         return self.body(x, condition, cos, sin)
 
     def body(self, x: Tensor, condition: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         """The block itself."""
-        shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(F.silu(condition)).chunk(6, dim=-1)
-        x = torch.addcmul(x, gate1, self.attention(self.norm1(x, shift1, scale1), cos, sin))
-        return torch.addcmul(x, gate2, self.mlp(self.norm2(x, shift2, scale2)))
+        shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(condition).chunk(6, dim=-1)
+        x = gated_sum(x, gate1, self.attention(self.norm1(x, shift1, scale1), cos, sin))
+        return gated_sum(x, gate2, self.mlp(self.norm2(x, shift2, scale2)))
 
 
 class FinalLayer(nn.Module):
@@ -208,10 +155,10 @@ class FinalLayer(nn.Module):
     def __init__(self, width: int, out_channels: int) -> None:
         super().__init__()
         self.norm = RMSNorm(width)
-        self.modulation = nn.Linear(width, 2 * width)
-        self.linear = nn.Linear(width, out_channels)
+        self.modulation = Linear(width, 2 * width)
+        self.linear = Linear(width, out_channels)
 
     def forward(self, x: Tensor, condition: Tensor) -> Tensor:
-        """x: [B, N, width], condition: [B, 1 or N, width] -> [B, N, out_channels]."""
-        shift, scale = self.modulation(F.silu(condition)).chunk(2, dim=-1)
+        """x: [B, N, width]; condition: as a block's -> [B, N, out_channels]."""
+        shift, scale = self.modulation(condition).chunk(2, dim=-1)
         return self.linear(self.norm(x, shift, scale))

@@ -39,6 +39,7 @@ from raecli.training.result import tell_result
 from raecli.training.stopping import StopRequest
 from raecli.training.verdict import Verdict
 
+TOKENS = torch.channels_last  # in memory: what the model makes of a map, and back, are views then
 VERIFY_BYTES = 32e9  # caches up to this size are held against their digests before training
 
 
@@ -91,7 +92,7 @@ def train(
     ranks: Ranks,
 ) -> None:
     """The loop: batch, rate, step, figures, checkpoint."""
-    stop, statistics = StopRequest(ranks), cache.statistics.to(ranks.device)
+    stop, statistics = StopRequest(ranks), cache.statistics.to(ranks.device).channels_last()
     save_every = duration_in_steps(recipe.save_every, len(cache), recipe.batch_size)
     generation = prepare_generation(recipe.evaluation, recipe, cache, ranks) if recipe.evaluation else None
     feed = LatentFeed(
@@ -289,8 +290,10 @@ def backward(
     synchronise: bool,
 ) -> Tensor:
     """Forward and backward of one micro-batch; returns its losses, one a sample, detached."""
-    latents = statistics.normalise(batch.latents[part].to(ranks.device, non_blocking=True).float())
+    latents = batch.latents[part].to(ranks.device, non_blocking=True)
+    latents = statistics.normalise(latents.to(torch.float32, memory_format=TOKENS))
     noise = normals(tuple(latents.shape[1:]), recipe.seed, "noise", batch.positions[part], ranks.device)
+    noise = noise.contiguous(memory_format=TOKENS)
     t, labels = batch.t[part].to(ranks.device), batch.labels[part].to(ranks.device)
     with gradients_held(forward, hold=not synchronise):
         with torch.autocast(ranks.device.type, torch.bfloat16, enabled=recipe.precision == "bf16"):

@@ -38,10 +38,20 @@ class LatentStatistics:
         mean = None if self.mean is None else self.mean.to(device)
         return LatentStatistics(mean, self.variance.to(device), self.count)
 
+    def channels_last(self) -> "LatentStatistics":
+        """The same, the channels of a place side by side in memory, as latents are that tokens are made of."""
+        mean = None if self.mean is None else channels_last(self.mean)
+        return LatentStatistics(mean, channels_last(self.variance), self.count)
+
     def save(self, path: Path) -> None:
         """Write `mean` (where there is one), `variance` and `count`."""
         tensors = {"variance": self.variance, "count": torch.tensor([self.count])}
         save_tensors(tensors if self.mean is None else tensors | {"mean": self.mean}, path)
+
+
+def channels_last(values: Tensor) -> Tensor:
+    """[C, H, W], the channels of a place side by side in memory."""
+    return values[None].contiguous(memory_format=torch.channels_last)[0]
 
 
 def load_statistics(path: Path) -> LatentStatistics:

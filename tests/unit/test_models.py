@@ -5,7 +5,8 @@ import torch
 
 from raecli.models.decoder import Decoder
 from raecli.models.dit import DiT, DiTDH, parameter_count
-from raecli.models.layers import PatchEmbed, TimeEmbed, rotary_angles, rotate, sincos_positions, unpatchify
+from raecli.models.fused import rotate
+from raecli.models.layers import PatchEmbed, TimeEmbed, rotary_angles, sincos_positions, unpatchify
 
 SIZES = {"s": (384, 12, 6), "b": (768, 12, 12), "l": (1024, 24, 16), "xl": (1152, 28, 16)}  # Table 13
 # FACTS section 2, run on the released code.

@@ -8,11 +8,14 @@ from pathlib import Path
 import pytest
 import torch
 import torch.multiprocessing
+import torch.nn.functional as F
 from torch import nn
 
 from raecli.errors import NonFiniteError
 from raecli.models.dit import DiTDH
-from raecli.models.layers import Block, RMSNorm, ScaledNorm, rotate
+from raecli.models.fused import gated_hidden, gated_sum, modulated_norm, rotate, rotated_heads
+from raecli.models.layers import Block, RMSNorm
+from raecli.models.products import HAS_ONEDNN, Linear, by_onednn
 from raecli.store.tensors import is_sharded, whole
 from raecli.training.distributed import Ranks, data_parallel, fully_sharded, gradients_held, join_ranks, leave_ranks
 from raecli.training.ema import Ema
@@ -47,12 +50,56 @@ def gradients(model: nn.Module) -> list[torch.Tensor]:
     return [parameter.grad for parameter in model.parameters()]
 
 
+def drawn(*shape: int) -> torch.Tensor:
+    """Float64 draws whose derivative is wanted."""
+    return torch.randn(shape, dtype=torch.float64, requires_grad=True)
+
+
 @pytest.mark.parametrize("tokens", [1, 5])
-def test_the_norms_gradients_are_the_derivatives(tokens):
+def test_the_norms_and_the_gates_gradients_are_the_derivatives(tokens):
     torch.manual_seed(0)
-    x = torch.randn(2, 5, 6, dtype=torch.float64, requires_grad=True)
-    scale, shift = (torch.randn(2, tokens, 6, dtype=torch.float64, requires_grad=True) for _ in range(2))
-    assert torch.autograd.gradcheck(ScaledNorm.apply, (x, scale, shift))
+    per_image = [drawn(2, tokens, 6) for _ in range(2)]
+    assert torch.autograd.gradcheck(modulated_norm, (drawn(2, 5, 6), drawn(6), *per_image))
+    assert torch.autograd.gradcheck(gated_sum, (drawn(2, 5, 6), per_image[0], drawn(2, 5, 6)))
+
+
+def test_the_hidden_layers_and_the_heads_gradients_are_the_derivatives():
+    torch.manual_seed(0)
+    assert torch.autograd.gradcheck(gated_hidden, (drawn(2, 5, 6),))
+    angles = torch.rand(5, 2, dtype=torch.float64)
+    projected = drawn(2, 5, 3, 2, 4)
+    assert torch.autograd.gradcheck(lambda x: rotated_heads(x, angles.cos(), angles.sin()), (projected,))
+
+
+def test_gradients_are_those_of_the_plain_forms(monkeypatch):
+    ours = gradients(small_model())
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.compiler, "is_compiling", lambda: True)  # a compiler is given the plain forms
+        patch.setattr("raecli.models.products.by_onednn", lambda *_: False)
+        plain = gradients(small_model())
+    for one, other in zip(ours, plain, strict=True):
+        torch.testing.assert_close(one, other, atol=2e-5, rtol=2e-5)  # float32, sums in another order
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_onednns_products_are_the_layers(bias):
+    torch.manual_seed(0)
+    layer, x, row = Linear(6, 4, bias=bias), torch.randn(2, 3, 6, requires_grad=True), torch.randn(2, 3, 4)
+    assert by_onednn(x, layer.weight) == HAS_ONEDNN
+    wanted = [x, *layer.parameters()]
+    ours = torch.autograd.grad((layer(x) * row).sum(), wanted)
+    plain = torch.autograd.grad((F.linear(x, layer.weight, layer.bias) * row).sum(), wanted)
+    for one, other in zip(ours, plain, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-6, rtol=1e-6)
+
+
+def test_what_is_not_trained_in_float32_takes_pytorchs_products():
+    layer, x = Linear(6, 4), torch.randn(2, 6)
+    assert not by_onednn(x.double(), layer.weight.double())
+    with torch.autocast("cpu", torch.bfloat16):
+        assert not by_onednn(x, layer.weight) and layer(x).dtype == torch.bfloat16
+    with torch.no_grad():
+        assert not by_onednn(x, layer.weight)
 
 
 def test_norm_then_modulation_is_what_it_says():
@@ -86,7 +133,8 @@ def test_compiled_blocks_compute_what_eager_ones_do_and_share_the_models_weights
     for block in model.modules():
         if isinstance(block, Block):
             block.recomputes = recomputes
-            block.compile(backend="aot_eager")  # the graph without its code: seconds instead of a minute
+            # the graph without its code: seconds instead of a minute. In one piece: a break would cost what it gains
+            block.compile(backend="aot_eager", fullgraph=True)
     for ours, theirs in zip(gradients(model), eager, strict=True):
         torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
     before = loss_of(model)

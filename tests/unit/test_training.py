@@ -9,8 +9,13 @@ from torch import nn
 
 from raecli.errors import ExitCode, UsageError
 from raecli.launch import LaunchOptions, check_options, error_of_signal, error_of_workers, joined_environment
+from raecli.plan import ASSUMED
+from raecli.recipe.load import load_recipe
+from raecli.recipe.recipes import TrainDiffusionRecipe
+from raecli.recipe.shipped import find_recipe
 from raecli.recipe.spec import duration_in_steps
-from raecli.training.distributed import check_batch
+from raecli.stages.train_diffusion import positions_of
+from raecli.training.distributed import Ranks, check_batch
 from raecli.training.ema import Ema
 from raecli.training.optimizer import clip_gradients, learning_rate
 
@@ -71,6 +76,17 @@ def test_a_batch_that_ranks_cannot_share_is_refused():
     check_batch(12, 4)
     with pytest.raises(UsageError, match="12 cannot be shared by 5"):
         check_batch(12, 5)
+
+
+@pytest.mark.parametrize("world", [1, 2, 3, 12])
+def test_ranks_together_take_the_recipes_batch_whatever_their_number(world):
+    told = [*(f"model.{key}={value}" for key, value in ASSUMED.items()), "batch_size=12", "flow.time_shift_dim=196608"]
+    recipe = load_recipe(TrainDiffusionRecipe, find_recipe("dith_s"), told)
+    ranks = [Ranks(rank, world, torch.device("cpu")) for rank in range(world)]
+    for step in (0, 7):
+        shares = [positions_of(step, recipe, one) for one in ranks]
+        assert {len(share) for share in shares} == {12 // world}
+        assert [position for share in shares for position in share] == list(range(step * 12, step * 12 + 12))
 
 
 def test_workers_ends_become_exit_codes():
