@@ -38,9 +38,12 @@ class Guarded:
             stream.reconfigure(errors="backslashreplace")
 
     def write(self, text: str) -> int:
-        """Write, unless nobody reads. A file's name may hold codes that would steer a terminal: they are escaped."""
+        """Write, unless nobody reads. A file's name may hold codes that steer a terminal: they are escaped.
+
+        A single bar of tqdm moves by carriage returns alone, which pass.
+        """
         try:
-            return self.stream.write(text if self.stream.isatty() else CONTROL.sub(escaped, text))
+            return self.stream.write(CONTROL.sub(escaped, text))
         except OSError as error:
             return self.lost(error, len(text))
 

@@ -5,6 +5,7 @@ A new verb has to be put into VERBS or NO_PATHS: the first test walks the app.
 
 import json
 import os
+import pty
 import shutil
 import tarfile
 from pathlib import Path
@@ -14,6 +15,7 @@ import torch
 import typer
 
 from raecli.cli.app import command_line
+from raecli.console import Guarded
 from raecli.models.classifier import Classifier, save_classifier
 from tests.unit.hostile import rae
 from tests.unit.tiny_models import save_decoder, save_diffusion
@@ -251,6 +253,15 @@ def test_a_tar_without_images_and_one_with_a_class_of_millions_are_refused(tmp_p
 def test_a_name_with_codes_for_a_terminal_cannot_steer_it(tmp_path):
     outcome = rae("inspect", "\x1b[31mred\x9b\x07", cwd=tmp_path)
     assert outcome.code == 3 and "\\x1b[31mred\\x9b\\x07" in outcome.err
+
+
+def test_nor_can_it_on_a_real_terminal():
+    ours, theirs = pty.openpty()
+    with os.fdopen(theirs, "w", encoding="utf-8") as terminal:
+        Guarded(terminal, "stderr").write("\x1b]52;c;stolen\x07\rbar\n")
+    shown = os.read(ours, 100)
+    os.close(ours)
+    assert shown == b"\\x1b]52;c;stolen\\x07\rbar\r\n"
 
 
 @pytest.mark.parametrize("word", [r'"a\0b"', "\udcff"], ids=["NUL", "no UTF-8"])
