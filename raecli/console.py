@@ -78,6 +78,7 @@ def finish_output() -> None:
         raise sys.stdout.error
 
 
+UNWIND_SECONDS = 10  # from an interrupt to the end of the process
 caught: list[int] = []  # signals that came while there was nothing to save
 
 
@@ -90,7 +91,32 @@ def end_on_signals() -> None:
 def end_early(number: int, frame: types.FrameType | None) -> None:
     """Leave through every `finally`, past every `except Exception` of a library that is being imported."""
     caught.append(number)
+    end_soon(ending_of(number))
     end_if_caught()
+
+
+def end_workers_soon() -> None:
+    """For a worker: INT is a KeyboardInterrupt, whose unwinding has an end. Stages that save have their own handler."""
+
+    def interrupt(number: int, frame: types.FrameType | None) -> None:
+        end_soon(ExitCode.INTERRUPTED)
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGINT, interrupt)
+
+
+def end_soon(code: ExitCode) -> None:
+    """End by force in UNWIND_SECONDS: an exception out of a handler may leave a queue locked, and its threads waiting.
+
+    What is on disk is whole at any instant, so nothing is lost by it.
+    """
+    signal.signal(signal.SIGALRM, lambda number, frame: os._exit(int(code)))
+    signal.alarm(UNWIND_SECONDS)
+
+
+def ending_of(number: int) -> ExitCode:
+    """The exit code after a signal."""
+    return ExitCode.INTERRUPTED if number == signal.SIGINT else ExitCode.PREEMPTED
 
 
 def end_if_caught() -> None:
@@ -98,4 +124,4 @@ def end_if_caught() -> None:
     if caught:
         name = signal.Signals(caught[0]).name
         print(f"error: interrupted by {name}; run the same command again", file=sys.stderr)
-        raise SystemExit(int(ExitCode.INTERRUPTED if caught[0] == signal.SIGINT else ExitCode.PREEMPTED))
+        raise SystemExit(int(ending_of(caught[0])))

@@ -3,12 +3,13 @@
 import os
 import sys
 
-from raecli.console import guard_streams
+from raecli.console import end_workers_soon, guard_streams
 from raecli.stages.worker import die_with_parent, work
 
 if __name__ == "__main__":
     die_with_parent()
     guard_streams()
+    end_workers_soon()
     code = work(sys.argv[1], float(sys.argv[2]))
     sys.stdout.flush()
     sys.stderr.flush()
