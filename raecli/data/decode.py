@@ -1,8 +1,10 @@
 """Batches of pixels out of an image source, on a pool of threads; what cannot be read is listed or skipped."""
 
+import threading
 import time
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from raecli.data.device_resample import center_squares, equals_pillow, host_pixels
+from raecli.data.device_resample import GROUP_PIXELS, equals_pillow, host_pixels, squares_in_groups
 from raecli.data.images import ImageSource
 from raecli.data.preprocess import center_square
 from raecli.errors import InputError
@@ -41,24 +43,61 @@ class Decoder:
         self.source, self.size, self.skip_bad = source, size, skip_bad
         self.device = resample_on if resample_on is not None and equals_pillow(resample_on) else None
         self.pinned = resample_on is not None and resample_on.type == "cuda"
-        self.pool = ThreadPoolExecutor(threads)
+        self.threads, self.pool = threads, ThreadPoolExecutor(threads)
 
     def batch(self, indices: list[int]) -> Decoded:
         """Decode some. Raises InputError with every unreadable image found within a minute, unless they are skipped."""
-        decoded = list(self.pool.map(self.one, indices))
-        skipped = [entry for entry in decoded if isinstance(entry, dict)]
+        kept: list[int] = []
+        skipped: list[Skipped] = []
+
+        def readable() -> Iterator[Any]:
+            for index, entry in zip(indices, self.decoded(indices), strict=True):
+                if isinstance(entry, dict):
+                    skipped.append(entry)
+                else:
+                    kept.append(index)
+                    yield entry
+
+        images = self.squares(readable())
         if skipped and not self.skip_bad:
             raise bad_images(self.source, skipped, self.one)
-        kept = [index for index, entry in zip(indices, decoded, strict=True) if not isinstance(entry, dict)]
-        return Decoded(kept, self.squares([entry for entry in decoded if not isinstance(entry, dict)]), skipped)
+        return Decoded(kept, images, skipped)
 
-    def squares(self, pixels: list[Any]) -> Tensor:
+    def decoded(self, indices: list[int]) -> Iterator[np.ndarray | Tensor | Skipped]:
+        """What `one` gives of each, in order.
+
+        Bounds the host's memory: while those decoded and not yet taken have more than GROUP_PIXELS, none is begun
+        beyond one a thread and one that waits for a thread.
+        """
+        slots, areas, taken = threading.Semaphore(self.threads + 1), [0], 0
+        begun: deque[Future[np.ndarray | Tensor | Skipped]] = deque()
+
+        def counted(index: int) -> np.ndarray | Tensor | Skipped:
+            try:
+                entry = self.one(index)
+                areas.append(area_of(entry))
+                return entry
+            finally:
+                slots.release()
+
+        for index in indices:
+            while sum(areas) - taken > GROUP_PIXELS:
+                entry = begun.popleft().result()
+                taken += area_of(entry)
+                yield entry
+            slots.acquire()
+            begun.append(self.pool.submit(counted, index))
+        while begun:
+            yield begun.popleft().result()
+
+    def squares(self, pixels: Iterator[Any]) -> Tensor:
         """A batch out of what `one` gives."""
-        if not pixels:
-            return torch.empty((0, 3, self.size, self.size), dtype=torch.uint8)
         if self.device is not None:
-            return center_squares([image.to(self.device, non_blocking=True) for image in pixels], self.size)
-        images = torch.from_numpy(np.stack(pixels))
+            return squares_in_groups(pixels, self.size, self.device)
+        squares = list(pixels)
+        if not squares:
+            return torch.empty((0, 3, self.size, self.size), dtype=torch.uint8)
+        images = torch.from_numpy(np.stack(squares))
         return (images.pin_memory() if self.pinned else images).permute(0, 3, 1, 2)
 
     def one(self, index: int) -> np.ndarray | Tensor | Skipped:
@@ -70,6 +109,11 @@ class Decoder:
             return center_square(item.read(), item.name, self.size)
         except InputError as error:
             return {"source": item.name, "reason": str(error).removeprefix(f"{item.name}: ")}
+
+
+def area_of(entry: np.ndarray | Tensor | Skipped) -> int:
+    """Pixels of what `one` gives."""
+    return 0 if isinstance(entry, dict) else entry.shape[0] * entry.shape[1]
 
 
 def bad_images(

@@ -1,5 +1,6 @@
 """Reading a latent cache: any sample by its index, straight out of the mapped shards."""
 
+import itertools
 import mmap
 import os
 import resource
@@ -23,6 +24,7 @@ from raecli.store.tensors import save_tensors
 from raecli.store.verify import shard_problem, shard_problems, size_problem
 
 INDEX = "index.safetensors"
+Place = tuple[int, tuple[int, int, int]]  # row of a batch; shard, sample in it, view
 VIEWS = {"center": ("latent",), "center+flip": ("latent", "flip")}
 
 
@@ -78,16 +80,26 @@ class LatentCache:
         """
         batch = torch.empty((len(indices), *self.layout.latent_shape), dtype=self.dtype) if out is None else out
         batch = batch[: len(indices)]
-        rows = batch.flatten(1)
-        if self.layout.quantised:
-            for row, (shard, sample, view) in zip(rows.unbind(0), self.places(indices, flipped), strict=True):
-                self.mapped(shard).dequantise(sample, view, row)
+        places = list(enumerate(self.places(indices, flipped)))
+        if self.remote:  # one after the other: a shard that must go for the next one is not held on to
+            places.sort(key=shard_of)
+            for _, own in itertools.groupby(places, shard_of):
+                self.copy(list(own), batch.flatten(1))
         else:
-            places = list(self.places(indices, flipped))
-            numbers = {shard: self.mapped(shard).numbers for shard, _, _ in places}
-            for line, (shard, sample, view) in zip(rows.view(torch.uint8).numpy(), places, strict=True):
-                line[:] = numbers[shard][view][sample]
+            self.copy(places, batch.flatten(1))
         return batch
+
+    def copy(self, places: list[Place], rows: Tensor) -> None:
+        """Bring samples to their rows, of [B, C*H*W]. Keeps all their shards mapped until it is done."""
+        if self.layout.quantised:
+            own = rows.unbind(0)
+            for row, (shard, sample, view) in places:
+                self.mapped(shard).dequantise(sample, view, own[row])
+            return
+        numbers = {shard: self.mapped(shard).numbers for _, (shard, _, _) in places}
+        lines = rows.view(torch.uint8).numpy()
+        for row, (shard, sample, view) in places:
+            lines[row] = numbers[shard][view][sample]
 
     def read_ahead(self, indices: Sequence[int], flipped: Sequence[bool] | None = None) -> None:
         """Ask the system to bring samples into memory, and go on at once: for batches that come later."""
@@ -113,9 +125,13 @@ class LatentCache:
         return self.maps[shard]
 
     def bring(self, shard: int, remote: RemoteShards) -> None:
-        """Have a remote shard here, and let go of those whose copies went for it, so that their room is free."""
+        """Have a remote shard here, in the room of those that go for it."""
         record = self.manifest.shards[shard]
-        remote.fetch(record.name, record.bytes, record.sha256)
+        remote.fetch(record.name, record.bytes, record.sha256, self.let_go)
+        self.let_go()  # of what other ranks removed, too
+
+    def let_go(self) -> None:
+        """Unmap the shards whose files were removed: until then they take their room on the disk."""
         for other in list(self.maps):
             if not (self.folder / self.manifest.shards[other].name).exists():
                 del self.maps[other]
@@ -130,6 +146,11 @@ class LatentCache:
             if problem := shard_problem(self.folder / record.name, record, self.layout, fast=False):
                 problems.append(f"{record.name}: {problem}")
         return problems
+
+
+def shard_of(place: Place) -> int:
+    """The shard that a row of a batch comes from."""
+    return place[1][0]
 
 
 def allow_open_files(count: int) -> None:

@@ -9,6 +9,7 @@ import os
 import re
 import urllib.error
 import urllib.request
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -61,14 +62,18 @@ class RemoteShards:
     folder: Path
     limit_bytes: float
 
-    def fetch(self, name: str, size: int, sha256: str) -> None:
-        """Have a shard here, whole. Raises InputError if what arrives is not what the manifest tells."""
+    def fetch(self, name: str, size: int, sha256: str, let_go: Callable[[], None]) -> None:
+        """Have a shard here, whole. Raises InputError if what arrives is not what the manifest tells.
+
+        let_go: called once others were removed for it and before it comes, so that their room is free by then.
+        """
         path, part = self.folder / name, self.folder / f"{name}.part"
         with one_at_a_time(self.folder / f"{name}.lock"):  # other ranks of this machine want it too
             if path.is_file():
                 os.utime(path)
                 return
             self.make_room(size)
+            let_go()
             download(f"{self.url}/{name}", part)
             if sha256_of(part) != sha256:
                 found = part.stat().st_size

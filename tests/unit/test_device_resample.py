@@ -1,13 +1,15 @@
 """Resampling in torch operations: Pillow's bits, whatever sizes meet in a batch; and who is left to the host."""
 
 import io
+import threading
+import time
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from raecli.data import device_resample
+from raecli.data import decode, device_resample
 from raecli.data.decode import Decoder
 from raecli.data.device_resample import center_squares, equals_pillow, host_pixels, resized_windows, suits_device
 from raecli.data.images import open_images
@@ -85,6 +87,72 @@ def test_a_decoder_gives_the_same_bits_wherever_it_resamples(tmp_path):
     assert torch.equal(device.images, host.images)
     with pytest.raises(InputError, match="1 unreadable"):
         Decoder(source, 32, threads=1, skip_bad=False, resample_on=torch.device("cpu")).batch([10])
+
+
+@pytest.fixture
+def groups(monkeypatch):
+    """Pixels of the images of each group that was resampled."""
+    seen = []
+
+    def watched(images, size):
+        seen.append([image.shape[0] * image.shape[1] for image in images])
+        return center_squares(images, size)
+
+    monkeypatch.setattr(device_resample, "center_squares", watched)
+    return seen
+
+
+def set_room(monkeypatch, pixels: int) -> None:
+    for module in (decode, device_resample):
+        monkeypatch.setattr(module, "GROUP_PIXELS", pixels)
+
+
+def test_a_batch_of_large_images_is_resampled_in_groups_to_the_same_bits(tmp_path, monkeypatch, groups):
+    generator = np.random.default_rng(5)
+    sides = [(300, 200), (90, 64), (310, 190), (280, 220), (40, 500), (500, 480), (64, 90), (305, 195), (299, 201)]
+    for number, (wide, high) in enumerate(sides):
+        Image.fromarray(random_image(generator, wide, high)).save(tmp_path / f"{number}.png")
+    (tmp_path / "3.png").write_bytes((tmp_path / "3.png").read_bytes()[:900])
+    source, indices = open_images(tmp_path), [7, 0, 1, 2, 3, 4, 5, 6, 8]
+    options = {"threads": 2, "skip_bad": True}
+    host = Decoder(source, 32, resample_on=None, **options).batch(indices)
+    set_room(monkeypatch, 130_000)
+    device = Decoder(source, 32, resample_on=torch.device("cpu"), **options).batch(indices)
+    assert torch.equal(device.images, host.images) and device.images.stride() == host.images.stride()
+    assert device.indices == host.indices == [7, 0, 1, 2, 4, 5, 6, 8] and device.skipped == host.skipped
+    assert [len(group) for group in groups] == [3, 2, 1, 2]
+    assert all(sum(group) <= 130_000 for group in groups if len(group) > 1)  # the one alone is larger than that
+
+
+def test_a_batch_of_imagenets_size_stays_one_group(tmp_path, groups):
+    image = Image.fromarray(random_image(np.random.default_rng(6), 500, 375))
+    for number in range(2):
+        image.save(tmp_path / f"{number}.jpg")
+    decoder = Decoder(open_images(tmp_path), 64, threads=2, skip_bad=False, resample_on=torch.device("cpu"))
+    assert len(decoder.batch([0, 1] * 64).images) == 128
+    assert groups == [[500 * 375] * 128]
+
+
+def test_what_is_decoded_ahead_is_bounded_and_ends_with_the_batch(tmp_path, monkeypatch):
+    Image.fromarray(random_image(np.random.default_rng(7), 100, 100)).save(tmp_path / "a.png")
+    set_room(monkeypatch, 40_000)
+    decoder = Decoder(open_images(tmp_path), 32, threads=2, skip_bad=False, resample_on=torch.device("cpu"))
+    lock, begun, taken, most, one = threading.Lock(), 0, 0, 0, decoder.one
+
+    def watched(index):
+        nonlocal begun, most
+        with lock:
+            begun += 1
+            most = max(most, begun - taken)
+        return one(index)
+
+    monkeypatch.setattr(decoder, "one", watched)
+    for _ in decoder.decoded([0] * 40):
+        with lock:
+            taken += 1
+        time.sleep(0.005)  # a device that is slower than the threads
+    assert begun == taken == 40
+    assert most <= 40_000 // 10_000 + 2 + 1 + 1  # in the room, at work, waiting for a thread, and in our hands
 
 
 def test_a_device_whose_bits_are_others_leaves_the_work_to_the_host(tmp_path, monkeypatch):

@@ -4,11 +4,13 @@ import functools
 import http.server
 import shutil
 import threading
+import weakref
 
 import pytest
 import torch
 
 from raecli.errors import InputError, UsageError
+from raecli.store import latent_cache, remote
 from raecli.store.latent_cache import open_cache
 from raecli.store.remote import is_url, local_folder
 
@@ -52,6 +54,38 @@ def test_the_local_copies_stay_within_their_room_and_the_oldest_goes(cache, serv
     assert len(far.maps) <= 2
     with pytest.raises(UsageError, match="remote_cache_gb"):
         open_cache(url, remote_cache_gb=1e-9 * size / 2).latents([0, 10, 20])
+
+
+@pytest.fixture
+def alive(monkeypatch):
+    """The shards mapped now; and into a list how many were at each arrival: a removed file lies on disk until then."""
+    maps, counts = weakref.WeakSet(), []
+
+    class Watched(latent_cache.Mapped):
+        def __init__(self, *told):
+            super().__init__(*told)
+            maps.add(self.map)
+
+    def download(url, part):
+        counts.append(len(maps) if "shard-" in url else 0)
+        fetch(url, part)
+
+    fetch = remote.download
+    monkeypatch.setattr(latent_cache, "Mapped", Watched)
+    monkeypatch.setattr(remote, "download", download)
+    return counts
+
+
+@pytest.mark.parametrize("room", [1, 2])
+def test_no_more_shards_lie_on_the_disk_than_there_is_room_for_within_a_batch(cache, served, alive, room):
+    size = max(record.bytes for record in open_cache(cache).manifest.shards)
+    far = open_cache(served[0], remote_cache_gb=(room + 0.1) * size / 1e9)
+    mixed = [20, 0, 10, 1, 23, 11, 2]
+    expected = open_cache(cache).latents(mixed, [True, False] * 3 + [True])
+    alive.clear()
+    assert torch.equal(far.latents(mixed, [True, False] * 3 + [True]), expected)
+    assert alive == list(range(room)) + [room - 1] * (3 - room)  # each came once, into room that was free
+    assert len(far.maps) == room
 
 
 def test_what_arrives_wrong_is_refused_and_a_cut_download_goes_on(cache, served, tmp_path):
