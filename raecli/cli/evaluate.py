@@ -276,7 +276,7 @@ def launch(recipe: "EvaluateRecipe", options: "LaunchOptions", dry_run: bool) ->
 
     if recipe.output is not None and not Path(recipe.output).absolute().parent.is_dir():
         raise UsageError(f"--out {recipe.output}: no such folder to write in; make it first")
-    start("eval", recipe, options, dry_run=dry_run)
+    start("eval", recipe, options, dry_run=dry_run, as_json=recipe.print_json)
 
 
 app.command("reconstruction")(evaluate_reconstruction.reconstruction)

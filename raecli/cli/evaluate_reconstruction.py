@@ -84,7 +84,7 @@ def reconstruction(
         },
     )
     options = LaunchOptions(devices, nnodes, node_rank, rdzv, COLLECTIVE_SECONDS)
-    start("evaluate-reconstruction", recipe, options, dry_run=dry_run)
+    start("evaluate-reconstruction", recipe, options, dry_run=dry_run, as_json=as_json)
 
 
 def chosen_metrics(text: str) -> tuple[str, ...]:

@@ -175,7 +175,7 @@ def overfit_toy(
     recipe = build_recipe(values | {"seeds": tuple(range(seeds)), "output": out, "print_json": as_json})
     print(f"preset {chosen.value}, {why}; {expected_time(recipe)}", file=sys.stderr)
     launch = LaunchOptions(devices, nnodes, node_rank, rdzv, COLLECTIVE_SECONDS)
-    start("overfit_toy", recipe, launch, dry_run=dry_run)
+    start("overfit_toy", recipe, launch, dry_run=dry_run, as_json=recipe.print_json)
 
 
 def refuse_both(options: dict[str, object]) -> None:

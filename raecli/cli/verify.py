@@ -1,5 +1,9 @@
 """`rae verify`."""
 
+import contextlib
+import os
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated
 
@@ -36,17 +40,32 @@ def verify(
         raise UsageError("--repair needs --source, the images that the cache was made of")
     manifest = read_manifest(latents)
     problems = cache_problems(latents, manifest, fast=fast)
+    if problems and repair:
+        for name, problem in problems:
+            typer.echo(f"{name}: {problem}; made anew", err=True)
+        with stdout_to_stderr():  # stdout has one result, which is ours
+            encode_again(latents, source or "", devices, timeout)
     if json_out:
         print(json.dumps({"cache": str(latents), "shards": len(manifest.shards), "problems": dict(problems)}))
     if problems and not repair:
         raise damaged(latents, [f"{name}: {problem}" for name, problem in problems])
-    for name, problem in problems:
-        typer.echo(f"{name}: {problem}; made anew", err=True)
-    if problems:
-        encode_again(latents, source or "", devices, timeout)
     if not json_out:
         how = "sizes and headers" if fast else "every byte"
         print(f"{latents}: {manifest.samples} samples in {len(manifest.shards)} shards; {how} as written")
+
+
+@contextlib.contextmanager
+def stdout_to_stderr() -> Iterator[None]:
+    """What this process and those that it starts write to stdout goes to stderr."""
+    sys.stdout.flush()
+    kept = os.dup(1)
+    os.dup2(2, 1)
+    try:
+        yield
+    finally:
+        sys.stdout.flush()
+        os.dup2(kept, 1)
+        os.close(kept)
 
 
 def encode_again(latents: Path, source: str, devices: int | None, timeout: float) -> None:

@@ -14,7 +14,7 @@ import zlib
 from collections.abc import Callable
 
 import numpy as np
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from raecli.data.resample import Window, resized_window
 from raecli.errors import InputError
@@ -47,6 +47,8 @@ def decode_rgb(data: bytes, name: str) -> Image.Image:
         if image.width * image.height > (Image.MAX_IMAGE_PIXELS or math.inf):
             raise InputError(f"{name}: not a readable image: {image.width} x {image.height}, a decompression bomb")
         image.load()
+    except UnidentifiedImageError:  # its text has an address, and a cache's manifest the reasons
+        raise InputError(f"{name}: not a readable image: of no known format") from None
     except UNREADABLE as error:
         raise InputError(f"{name}: not a readable image: {error}") from None
     if image.mode.startswith("I;16") or image.mode == "I":

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from raecli.models.classifier import Classifier, save_classifier
 from tests.conftest import TINY_DIFFUSION, environment
 from tests.e2e.faults import start, wait_for
 
@@ -107,3 +108,13 @@ def test_doctor_tells_the_machine(rae):
     assert findings["torch"]["value"] and findings["gloo"]["value"] == "there"
     assert "digits-mae" in findings["encoders here"]["value"]
     assert "open files" in rae("doctor").stdout
+
+
+def test_a_plan_in_json_is_json_of_every_kind_of_stage(tmp_path, rae, images):
+    save_classifier(tmp_path / "judge.safetensors", Classifier(image_size=32, classes=3, feature_width=8))
+    judged = ("eval", "fid", images, "--ref", images, "--features", "judge.safetensors")
+    shown = ("eval", "reconstruction", images, images, "--metrics", "psnr")
+    toy = ("overfit-toy", "--preset", "tiny", "--width", "32")
+    for command, stage in ((judged, "eval"), (shown, "evaluate-reconstruction"), (toy, "overfit-toy")):
+        plan = json.loads(rae(*command, "--dry-run", "--json").stdout)
+        assert plan["recipe"]["stage"] == stage and plan["plan"], command

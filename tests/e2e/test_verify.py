@@ -1,5 +1,6 @@
 """`rae verify` from outside: every kind of damage is named, and mended to the byte."""
 
+import json
 import shutil
 
 import pytest
@@ -76,5 +77,6 @@ def test_bad_shards_end_with_3_and_are_repaired_to_the_byte(copied, cache, image
     told = rae("verify", "cache", code=3).stderr
     assert "shard-000000.tar" in told and "shard-000002.tar: missing" in told and "shard-000001.tar" not in told
     assert "--source" in rae("verify", "cache", "--repair", code=2).stderr
-    rae("verify", "cache", "--repair", "--source", images)
+    told = rae("verify", "cache", "--repair", "--source", images, "--json")
+    assert sorted(json.loads(told.stdout)["problems"]) == ["shard-000000.tar", "shard-000002.tar"]
     assert tree(folder) == tree(cache)
