@@ -197,8 +197,14 @@ def children() -> list[int]:
 
 
 def exit_codes(folder: Path) -> dict[int, int]:
-    """What the workers of this machine said they end with, by rank; a killed one said nothing."""
-    return {int(path.name): int(path.read_text() or "1") for path in folder.iterdir()}
+    """What the workers of this machine said they end with, by rank; a killed one said nothing.
+
+    Nor did any whose folder has vanished from /tmp: then what their processes ended with is all that is known.
+    """
+    try:
+        return {int(path.name): int(path.read_text() or "1") for path in folder.iterdir()}
+    except OSError:
+        return {}
 
 
 def elastic_config(launch: LaunchOptions) -> Any:
@@ -269,12 +275,26 @@ def error_of_workers(ends: Mapping[int, int], cache: str | None = None) -> RaeEr
     )
 
 
-def cut_file(rank: int, cache: str | None) -> InputError:
-    """What SIGBUS means: a page of a mapped file could not be had."""
-    told = f"rank {rank} died of SIGBUS: a file that it had mapped was cut, or its disk failed"
-    if cache:
-        return InputError(f"{told}; rae verify {cache} names a shard that is bad, then run the same command to resume")
-    return InputError(f"{told}; look at the files that it read, then run the same command again")
+def cut_file(rank: int, cache: str | None) -> RaeError:
+    """What SIGBUS means: a page of a mapped file could not be had. A cache whose files have changed is to blame."""
+    from raecli.store.latent_cache import check_cache
+    from raecli.store.remote import is_url
+
+    told = f"rank {rank} died of SIGBUS: a page of a mapped file could not be had"
+    try:
+        if cache and not is_url(cache):
+            check_cache(cache)
+    except InputError as error:
+        return InputError(
+            f"{told}; {error}\n  rae verify {cache} reads every byte; then run the same command to resume"
+        )
+    except OSError as error:
+        told = f"{told} ({error})"
+    shard = f"a shard of {cache} (their sizes are right), " if cache else ""
+    return WorkerError(
+        f"{told}: {shard}a checkpoint, or shared memory; see whether /dev/shm is full (df /dev/shm) or a disk fails "
+        "(dmesg), then run the same command to resume"
+    )
 
 
 def error_of_signal(number: signal.Signals, ends: Mapping[int, int]) -> RaeError:

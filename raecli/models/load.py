@@ -51,13 +51,20 @@ def load_weights(model: nn.Module, weights: dict[str, Tensor], where: Path) -> N
 
 
 def built(build: Callable[[], nn.Module], sizes: Spec, weights: dict[str, Tensor], where: Path) -> nn.Module:
-    """A module whose sizes were held against its weights before it takes memory: a config.json may claim anything."""
+    """A module whose sizes were held against its weights before it takes memory: a config.json may claim anything.
+
+    Raises CheckpointError if they do not fit, or make no module.
+    """
     most = sum(value.numel() for value in weights.values())
     for name, size in sizes.to_dict().items():
         if isinstance(size, int) and size > most:
             raise CheckpointError(f"{where / CONFIG}: {name} is {str(size)[:20]}, but its weights are {most} numbers")
-    with torch.device("meta"):
-        check_layout(weights, build().state_dict(), where)
+    try:
+        with torch.device("meta"):
+            expected = build().state_dict()
+    except RuntimeError as error:  # here it is a size; with real memory it may be the lack of that
+        raise CheckpointError(f"{where / CONFIG}: its sizes make no model: {error}") from None
+    check_layout(weights, expected, where)
     return build()
 
 
@@ -87,7 +94,7 @@ def load_diffusion(path: str | Path, device: torch.device | str = "cpu") -> nn.M
         flow = FlowSpec.model_validate(tuples(config["recipe"]["flow"]))
         latents = config["latents"]
         model.latent_shape, model.classes = tuple(latents["shape"]), tuple(latents["classes"])
-    except (KeyError, TypeError, ValidationError, ValueError, OverflowError, RuntimeError) as error:
+    except (KeyError, TypeError, ValidationError, ValueError, OverflowError) as error:
         raise CheckpointError(f"{folder / CONFIG}: not a diffusion model's: {error}") from None
     load_weights(model, weights, folder)
     model.time_shift, model.config, model.folder = flow.time_shift, config, folder
@@ -106,7 +113,7 @@ def load_autoencoder(path: str | Path, device: torch.device | str = "cpu", *, en
         sizes = DecoderSpec.model_validate(tuples(config["recipe"]["decoder"]))
         decoder = built(lambda: decoder_of(sizes, spec), sizes, weights, folder)
         image_size = side_of(config["latents"])
-    except (KeyError, TypeError, ValidationError, ValueError, OverflowError, RuntimeError) as error:
+    except (KeyError, TypeError, ValidationError, ValueError, OverflowError) as error:
         raise CheckpointError(f"{folder / CONFIG}: not a decoder's: {error}") from None
     load_weights(decoder, weights, folder)
     module = encoder_of(located(spec, image_size, folder)) if encoder else None

@@ -1,5 +1,6 @@
 """One worker process: read the resolved recipe, join the ranks, run the stage, end with the right exit code."""
 
+import contextlib
 import ctypes
 import os
 import re
@@ -47,7 +48,8 @@ def work(recipe_file: str, timeout_seconds: float) -> int:
 
     code = ended(lambda: run_stage(load_recipe(None, recipe_file), timeout_seconds))
     if folder := os.environ.get(EXIT_CODES):
-        Path(folder, os.environ.get("RANK", "0")).write_text(str(code))
+        with contextlib.suppress(OSError):  # it may have vanished from /tmp: this process still ends with its code
+            Path(folder, os.environ.get("RANK", "0")).write_text(str(code))
     return code
 
 

@@ -23,6 +23,7 @@ from raecli.store.statistics import STATISTICS, LatentStatistics
 from raecli.store.tensors import as_sharded, save_tensors, write_tensors
 
 MODEL, EMA, OPTIMIZER, STATE = "model.safetensors", "ema.safetensors", "optimizer.safetensors", "state.json"
+FILES = (MODEL, EMA, OPTIMIZER, STATISTICS, CONFIG)  # all but the state, which tells the digests of these
 
 
 @dataclass(frozen=True)
@@ -138,8 +139,13 @@ def seal_of(state: dict[str, Any]) -> str:
 
 
 def damaged_files(folder: Path, state: dict[str, Any]) -> list[str]:
-    """Files that are not as their checkpoint's state tells: by checksums, or by sha256 in states that have no other."""
+    """Files that are not as their checkpoint's state tells: by checksums, or by sha256 in states that have no other.
+
+    Raises CheckpointError if the state leaves one out, OSError if one cannot be read.
+    """
     told = state["checksums"] if "checksums" in state else state["sha256"]
+    if untold := [name for name in FILES if name not in told]:
+        raise CheckpointError(f"{folder / STATE}: has no digest of {', '.join(untold)}, so nobody knows if it is whole")
     if "checksums" in state:
         found = checksums(folder, told)
     else:

@@ -8,9 +8,12 @@ is missed by chance alone, once in 2^64 or rarer.
 """
 
 import contextlib
+import errno
 import hashlib
+import io
 import mmap
 import os
+import threading
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -60,29 +63,55 @@ def sums_of(data: bytes | bytearray | memoryview) -> bytes:
 
 
 def checksums(folder: Path, names: Iterable[str]) -> dict[str, str]:
-    """Checksums of files in a folder, on all cores, whatever their sizes: every thread takes pieces of them."""
+    """Checksums of files in a folder, on all cores, whatever their sizes: every thread takes pieces of them.
+
+    Raises OSError naming the file where a part of it cannot be had.
+    """
     with contextlib.ExitStack() as stack:
-        maps = {name: stack.enter_context(mapped(folder / name)) for name in names}
-        pool = stack.enter_context(ThreadPoolExecutor(len(os.sched_getaffinity(0))))
+        files = {name: stack.enter_context((folder / name).open("rb", buffering=0)) for name in names}
+        sizes = {name: os.fstat(file.fileno()).st_size for name, file in files.items()}
+        pool, memory = stack.enter_context(ThreadPoolExecutor(len(os.sched_getaffinity(0)))), GridMemory()
         sums = {
-            name: [pool.submit(piece_sums, data, start) for start in range(0, len(data), PIECE)]
-            for name, data in maps.items()
+            name: [
+                pool.submit(piece_sums, file, start, min(start + PIECE, sizes[name]), memory)
+                for start in range(0, sizes[name], PIECE)
+            ]
+            for name, file in files.items()
         }
-        return {name: tied([part.result() for part in parts], len(maps[name])) for name, parts in sums.items()}
+        return {name: tied([part.result() for part in parts], sizes[name]) for name, parts in sums.items()}
 
 
-def mapped(path: Path) -> contextlib.AbstractContextManager[mmap.mmap | bytes]:
-    """A file's bytes where they lie."""
-    with path.open("rb") as file:
-        if os.fstat(file.fileno()).st_size == 0:  # which cannot be mapped
-            return contextlib.nullcontext(b"")
-        return contextlib.closing(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+class GridMemory(threading.local):
+    """Memory for a grid, each thread's own: it stays in the core's cache."""
+
+    def __init__(self) -> None:
+        memory = memoryview(bytearray(GRID + mmap.PAGESIZE))
+        start = -np.frombuffer(memory, np.uint8).ctypes.data % mmap.PAGESIZE
+        self.grid = memory[start : start + GRID]
 
 
-def piece_sums(data: mmap.mmap | bytes, start: int) -> bytes:
-    """Sums of one piece."""
-    with memoryview(data) as view, view[start : start + PIECE] as piece:
-        return sums_of(piece)
+def piece_sums(file: io.FileIO, start: int, end: int, memory: GridMemory) -> bytes:
+    """Sums of a file's bytes from start to end. They are read, not mapped: a page that cannot be had is an OSError."""
+    sums = []
+    for offset in range(start, end, GRID):
+        part = memory.grid[: min(GRID, end - offset)]
+        read_whole(file, offset, part)
+        sums.append(sums_of(part))
+    return b"".join(sums)
+
+
+def read_whole(file: io.FileIO, offset: int, memory: memoryview) -> None:
+    """Fill memory from a file. Raises OSError naming the file if it refuses, or ends before."""
+    done = 0
+    while done < len(memory):
+        try:
+            count = os.preadv(file.fileno(), [memory[done:]], offset + done)
+        except OSError as error:
+            error.filename = file.name
+            raise
+        if not count:
+            raise OSError(errno.EIO, "was cut while it was read", file.name)
+        done += count
 
 
 def tied(parts: list[bytes], length: int) -> str:

@@ -63,8 +63,8 @@ def share_folder(folder: Path, begin: Callable[[bool], None]) -> Iterator[None]:
                 path.unlink(missing_ok=True)
 
 
-def locked(file: IO[str], kind: int, seconds: float = 0.0) -> bool:
-    """Try to lock a file, for some seconds; whether it is locked now."""
+def locked(file: IO[str] | int, kind: int, seconds: float = 0.0) -> bool:
+    """Try to lock a file or an open folder, for some seconds; whether it is locked now."""
     until = time.monotonic() + seconds
     while True:
         try:

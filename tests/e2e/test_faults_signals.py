@@ -71,6 +71,19 @@ def test_a_shard_that_is_cut_while_it_is_mapped_is_an_input_problem(tmp_path, ca
     assert told["command"][:3] == ["rae", "train-diffusion", "digits/diffusion"]  # not the worker's own
 
 
+def test_a_launchers_folder_that_vanishes_under_a_run_changes_no_exit_code(tmp_path, cache):
+    (tmp_path / "temporary").mkdir()
+    process = start(*diffusion(cache), cwd=tmp_path, TMPDIR=str(tmp_path / "temporary"))
+    wait_for(process, is_at_work(tmp_path))
+    (folder,) = (tmp_path / "temporary").glob("rae-launch-*")
+    shutil.rmtree(folder)
+    process.terminate()
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 75, err
+    assert "Traceback" not in err and "state saved" in err
+    assert newest_checkpoint(tmp_path / "run") is not None
+
+
 def test_a_second_interrupt_stops_at_once_even_where_a_rank_stalls(tmp_path, cache):
     process = start(*diffusion(cache), "--devices", "2", cwd=tmp_path)
     wait_for(process, lambda: list(tmp_path.glob("run/checkpoints/step-*")))

@@ -62,10 +62,10 @@ def rae(*arguments: object, cwd: Path, **environment: str) -> Outcome:
     return Outcome(code, out, err)
 
 
-def run_here(command: list[str], *_: object, **__: object) -> None:
+def run_here(command: list[str], options: launch.LaunchOptions, folder: Path, *, cache: str | None) -> None:
     """The worker's own entry, and the door's verdict on how it ended."""
     if code := work(command[-2], float(command[-1])):
-        raise launch.error_of_workers({0: code})
+        raise launch.error_of_workers({0: code}, cache)
 
 
 @contextlib.contextmanager

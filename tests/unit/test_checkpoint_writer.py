@@ -1,7 +1,10 @@
 """Checkpoints written in the background: the same bytes, of the moment of the call; its faults come through."""
 
+import errno
+import os
 import resource
 import threading
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,7 +12,8 @@ from safetensors.torch import load_file
 from torch import nn
 
 import raecli.store.checkpoint as checkpoint_module
-from raecli.errors import NonFiniteError, StorageError
+from raecli.errors import ExitCode, NonFiniteError, StorageError
+from raecli.stages.worker import ended
 from raecli.store.checkpoint import check_space, newest_checkpoint, optimizer_tensors, save_checkpoint
 from raecli.store.checkpoint_writer import CheckpointWriter
 from raecli.store.statistics import LatentStatistics
@@ -146,3 +150,28 @@ def test_room_that_is_plainly_lacking_is_refused_with_the_bytes(tmp_path):
     huge = [torch.empty(1 << 48, device="meta")]
     with pytest.raises(StorageError, match=rf"{(1 << 50) * 13} bytes are needed for 3 checkpoints"):
         check_space(tmp_path, huge, keep=2)
+
+
+def test_a_disk_that_fails_under_a_checkpoint_is_told_when_saving_and_passed_over_when_loading(
+    tmp_path, run, capsys, monkeypatch
+):
+    read = os.preadv
+
+    def fail_under(part):
+        def fail(handle, memory, offset):
+            if part in str(Path(f"/proc/self/fd/{handle}").readlink()):
+                raise OSError(errno.EIO, "Input/output error")
+            return read(handle, memory, offset)
+
+        monkeypatch.setattr(os, "preadv", fail)
+
+    for _ in range(2):
+        run.save(save_checkpoint, tmp_path)
+        run.advance()
+    fail_under("step-0000002")
+    assert newest_checkpoint(tmp_path).step == 1
+    assert "step-0000002" in capsys.readouterr().err
+    fail_under("/step-0000003/")  # under its final name: what is read back
+    assert ended(lambda: run.save(save_checkpoint, tmp_path)) == ExitCode.STORAGE
+    assert "step-0000003" in capsys.readouterr().err
+    assert newest_checkpoint(tmp_path).step == 2

@@ -1,5 +1,8 @@
 """The checksum of checkpoints: the same by whatever way it is computed, and what it finds for certain."""
 
+import errno
+import os
+
 import numpy as np
 import pytest
 
@@ -24,6 +27,32 @@ def test_parts_of_any_size_and_pieces_on_threads_give_one_checksum(tmp_path, siz
     (tmp_path / "longer").write_bytes(data + b"\0")
     found = checksums(tmp_path, ["file", "longer"])
     assert in_parts(data, generator) == in_parts(data, generator) == found["file"] != found["longer"]
+
+
+def test_a_file_that_is_cut_while_it_is_read_and_a_bad_sector_are_errors_that_name_it(tmp_path, monkeypatch):
+    file, read = tmp_path / "file", os.preadv
+    file.write_bytes(bytes(3 * GRID))
+
+    def cut(handle, memory, offset):
+        os.truncate(file, GRID + 5)
+        return read(handle, memory, offset)
+
+    def fail(handle, memory, offset):
+        raise OSError(errno.EIO, "Input/output error")
+
+    for happens, told in ((cut, "cut while"), (fail, "Input/output")):
+        monkeypatch.setattr(os, "preadv", happens)
+        with pytest.raises(OSError, match=told) as error:
+            checksums(tmp_path, ["file"])
+        assert error.value.errno == errno.EIO and error.value.filename == str(file)
+
+
+def test_a_read_that_brings_a_part_is_gone_on_with(tmp_path, monkeypatch):
+    data, read = np.random.default_rng(3).bytes(2 * GRID + 9), os.preadv
+    (tmp_path / "file").write_bytes(data)
+    whole = checksums(tmp_path, ["file"])
+    monkeypatch.setattr(os, "preadv", lambda handle, memory, offset: read(handle, [memory[0][:300_001]], offset))
+    assert checksums(tmp_path, ["file"]) == whole
 
 
 def words(seed: int) -> np.ndarray:

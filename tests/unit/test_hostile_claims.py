@@ -10,7 +10,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
+import raecli.models.load as load_module
 from raecli.convert.source import read_tensors
 from raecli.errors import CheckpointError, InputError
 from raecli.evaluation.dinov2 import read_tensors as read_dinov2
@@ -18,6 +20,7 @@ from raecli.inspection import arrays_told, tensors_told
 from raecli.metrics.inception import load_inception
 from raecli.metrics.reference import open_images
 from raecli.metrics.statistics import load_moments
+from raecli.models.load import load_autoencoder, load_diffusion
 from raecli.store.json_file import read_json
 from tests.unit.hostile import rae
 from tests.unit.tiny_models import save_decoder, save_diffusion
@@ -78,6 +81,27 @@ def test_a_model_that_claims_another_size_is_refused_before_memory_is_taken(mode
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 300 * MEBIBYTE
     assert not (root / "samples").exists()
     assert rae("inspect", f"{name}/final", cwd=root).faults == []
+
+
+@pytest.mark.parametrize("name, build", [("diffusion", "diffusion_of"), ("decoder", "decoder_of")])
+def test_only_sizes_are_the_configs_fault_the_lack_of_memory_is_not(models, monkeypatch, name, build):
+    load = {"diffusion": load_diffusion, "decoder": lambda path: load_autoencoder(path, encoder=False)}[name]
+    real = getattr(load_module, build)
+
+    def fail_on(meta):
+        def fail(*sizes):
+            if torch.empty(0).is_meta == meta:
+                raise RuntimeError("can't allocate memory")
+            return real(*sizes)
+
+        monkeypatch.setattr(load_module, build, fail)
+
+    fail_on(meta=False)
+    with pytest.raises(RuntimeError, match="allocate"):
+        load(models / name)
+    fail_on(meta=True)
+    with pytest.raises(CheckpointError, match=r"config\.json"):
+        load(models / name)
 
 
 def header(text: bytes, version: int = 1) -> bytes:

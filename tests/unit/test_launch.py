@@ -1,7 +1,10 @@
 """What the launcher makes of its surroundings: junk in them, folders of killed launchers, files cut under a rank."""
 
+import errno
 import fcntl
 import json
+import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,8 +14,10 @@ import time
 import pytest
 
 from raecli.errors import ExitCode, UsageError
-from raecli.launch import error_of_workers, joined_environment
-from raecli.launch_folder import LOCK, PREFIX, launch_folder
+from raecli.launch import error_of_workers, exit_codes, joined_environment
+from raecli.launch_folder import HOST, PREFIX, launch_folder, opened_folder, sweep_folders, this_host
+from raecli.stages.worker import EXIT_CODES, work
+from raecli.store.lock import locked
 from raecli.store.run_folder import environment
 
 JUNK = [
@@ -44,11 +49,16 @@ def test_junk_in_any_variable_is_understood_or_refused(around, name):
     assert refused >= 5 or name in ("MASTER_ADDR", "SLURM_STEP_NODELIST")  # any name may be a host's
 
 
-def test_a_rank_that_died_of_a_cut_file_is_an_input_problem_that_names_the_cache():
-    error = error_of_workers({0: 7, 1: -signal.SIGBUS}, "latents/in1k")
+def test_a_rank_that_died_of_sigbus_is_an_input_problem_only_where_a_shard_is_cut(tmp_path, cache):
+    latents = shutil.copytree(cache, tmp_path / "latents")
+    for whole in (str(latents), None):
+        error = error_of_workers({0: 7, 1: -signal.SIGBUS}, whole)
+        assert error.exit_code == ExitCode.WORKER
+        assert "rank 1" in str(error) and "SIGBUS" in str(error) and "/dev/shm" in str(error)
+    os.truncate(latents / "shard-000001.tar", 5000)
+    error = error_of_workers({0: 7, 1: -signal.SIGBUS}, str(latents))
     assert error.exit_code == ExitCode.BAD_INPUT
-    assert "rank 1" in str(error) and "rae verify latents/in1k" in str(error)
-    assert error_of_workers({0: -signal.SIGBUS}).exit_code == ExitCode.BAD_INPUT
+    assert "shard-000001.tar: 5000 bytes" in str(error) and f"rae verify {latents}" in str(error)
     assert error_of_workers({0: 6, 1: -signal.SIGBUS}, "c").exit_code == ExitCode.STORAGE  # what a rank said goes first
 
 
@@ -70,14 +80,42 @@ def test_folders_of_killed_launchers_go_and_those_of_living_ones_stay(temporary)
     assert killed.returncode == -signal.SIGKILL
     (left,) = temporary.iterdir()
     assert left.name.startswith(PREFIX) and (left / "recipe.yaml").is_file()
-    living, beginning = temporary / f"{PREFIX}living", temporary / f"{PREFIX}beginning"
-    living.mkdir()
-    beginning.mkdir()  # has no lock yet
-    with (living / LOCK).open("w") as held:
-        fcntl.flock(held, fcntl.LOCK_EX)
+    living, beginning, elsewhere = (temporary / f"{PREFIX}{name}" for name in ("living", "beginning", "elsewhere"))
+    for folder in (living, beginning, elsewhere):
+        folder.mkdir()
+    (living / HOST).write_bytes(this_host())  # and the one that is beginning has none yet
+    (elsewhere / HOST).write_bytes(b"other-" + this_host())
+    with opened_folder(living) as handle:
+        fcntl.flock(handle, fcntl.LOCK_EX)
         with launch_folder() as own:
-            assert set(temporary.iterdir()) == {living, beginning, own}
-        assert set(temporary.iterdir()) == {living, beginning}
+            assert set(temporary.iterdir()) == {living, beginning, elsewhere, own}
+        assert set(temporary.iterdir()) == {living, beginning, elsewhere}
+    with launch_folder() as own:  # the living one has ended
+        assert set(temporary.iterdir()) == {beginning, elsewhere, own}
+
+
+def test_a_launchers_folder_is_locked_itself_as_tmpfiles_wants_it(temporary):
+    with launch_folder() as own, opened_folder(own) as another:
+        assert (own / HOST).read_bytes() == this_host() and not locked(another, fcntl.LOCK_EX)
+
+
+def test_where_there_are_no_locks_a_launcher_starts_and_is_swept_by_nobody(temporary, monkeypatch):
+    def refuse(file, kind):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    with launch_folder() as own, launch_folder() as other:
+        monkeypatch.undo()
+        sweep_folders(own.parent)
+        assert own.is_dir() and other.is_dir()
+
+
+def test_a_launchers_folder_that_vanished_means_that_nobody_said_anything(temporary, monkeypatch):
+    with launch_folder() as folder:
+        monkeypatch.setenv(EXIT_CODES, str(folder / "ends"))
+        shutil.rmtree(folder)
+        assert work(str(folder / "recipe.yaml"), 1.0) == ExitCode.USAGE  # its own code, not that of a failed write
+        assert exit_codes(folder / "ends") == {}
 
 
 def test_a_runs_environment_tells_what_the_user_typed(monkeypatch):

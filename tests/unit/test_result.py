@@ -25,7 +25,9 @@ def test_a_result_is_a_line_or_json(told, as_json, is_json, monkeypatch, capsys)
 def test_the_launcher_tells_its_workers(as_json, monkeypatch):
     seen = []
     monkeypatch.setenv(PRINT_JSON, "of an outer run")
-    monkeypatch.setattr(launch, "run_elastic", lambda *_, **__: seen.append(os.environ[PRINT_JSON]))
+    monkeypatch.setattr(
+        launch, "run_elastic", lambda command, options, folder, cache: seen.append(os.environ[PRINT_JSON])
+    )
     recipe = load_recipe(TrainDiffusionRecipe, find_recipe("dit_s"))
     start("train-diffusion", recipe, LaunchOptions(), as_json=as_json)
     assert seen == ["1" if as_json else ""]

@@ -262,6 +262,20 @@ def test_a_checkpoint_of_a_version_without_checksums_is_read_and_checked_by_its_
         read_checkpoint(folder)
 
 
+@pytest.mark.parametrize("kind", ["checksums", "sha256"])
+@pytest.mark.parametrize("name", ["model.safetensors", "statistics.safetensors", "config.json", None])
+def test_a_checkpoint_whose_state_leaves_files_out_is_refused(tmp_path, trained, kind, name):
+    folder = save(tmp_path, 1, *trained)
+    told = json.loads((folder / "state.json").read_text())
+    del told["seal"]
+    if kind == "sha256":
+        del told["checksums"]
+    told[kind] = {file: digest for file, digest in told[kind].items() if name not in (file, None)}
+    (folder / "state.json").write_text(json.dumps(told))
+    with pytest.raises(CheckpointError, match=rf"state\.json: has no digest of {name or 'model'}"):
+        read_checkpoint(folder)
+
+
 def test_a_flipped_bit_of_a_checkpoints_step_is_found(tmp_path, trained):
     folder = save(tmp_path, 3, *trained)
     text = (folder / "state.json").read_text()
