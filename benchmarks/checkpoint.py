@@ -1,7 +1,7 @@
 """PERFORMANCE row 11: (a) what a save makes the loop wait, (b) loading, (c) finding a sample in mid-epoch.
 
 The other side of (a) and (b) is memcpy of the same state (weights, average, two moments) into memory that is warm; (a)
-is a save after the first, while nothing is being written; (b) reads, checks every sha256 and fills model, average and
+is a save after the first, while nothing is being written; (b) reads, checks every file and fills model, average and
 optimiser. Wall seconds, medians. (c) is the order of a batch at any position of ImageNet's 1,281,167, and the first
 call in an epoch, which draws its permutation, in CPU seconds.
 One JSON line each: python benchmarks/checkpoint.py [--width 384] [--folder DISK]

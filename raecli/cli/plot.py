@@ -131,7 +131,7 @@ def drawn(curves: Curves) -> Any:
     panels = figure.subplots(rows, columns, squeeze=False).flatten()
     labels = list(dict.fromkeys(label for found in curves.values() for label in found))
     colours = {label: f"C{index % 10}" for index, label in enumerate(labels)}
-    for panel, (key, found) in zip(panels, curves.items(), strict=False):
+    for panel, (key, found) in zip(panels[: len(curves)], curves.items(), strict=True):
         draw_panel(panel, key, found, colours)
     last = max(step for found in curves.values() for steps, _ in found.values() for step in steps)
     for panel in panels[: len(curves)]:

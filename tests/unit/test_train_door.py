@@ -52,14 +52,14 @@ def test_a_missing_network_is_refused(overrides, said):
         check_networks(recipe_of(*overrides), False)
 
 
-def test_what_is_there_or_not_asked_for_passes(tmp_path):
+def test_what_is_there_or_not_asked_for_passes(tmp_path, capsys):
     for name in ("vgg.pth", "dino.safetensors"):
         (tmp_path / name).write_bytes(b"x")
-    check_networks(recipe_of("loss.perceptual=none", "adversarial=null", "validation.images=v"), False)
-    check_networks(
-        recipe_of(f"loss.perceptual_weights={tmp_path}/vgg.pth", f"adversarial.backbone={tmp_path}/dino.safetensors"),
-        False,
-    )
+    here = (f"loss.perceptual_weights={tmp_path}/vgg.pth", f"adversarial.backbone={tmp_path}/dino.safetensors")
+    for overrides in (("loss.perceptual=none", "adversarial=null", "validation.images=v"), here):
+        check_networks(recipe_of(*overrides), False)  # refuses nothing
+        check_networks(recipe_of(*overrides), True)
+        assert "missing" not in capsys.readouterr().err
 
 
 def test_a_plan_tells_of_them_and_goes_on(capsys):
