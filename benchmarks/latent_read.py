@@ -1,10 +1,11 @@
 """PERFORMANCE rows 1 and 2: latents in global random order out of plain tars, against memcpy of the same bytes.
 
-All sides fill one buffer that is there, in batches of 64, from memory that is warm; it and both sources of memcpy begin
-at a page, where memcpy is quickest. Row 1, CPU seconds of this thread, sides alternated batch by batch, medians: ours
-from mapped tars; memcpy of the same rows from a mapped file (the page cache's memory), and from an array in huge pages.
-`first_touch`: all tars mapped anew, so that each page faults once. Row 2, wall: the feed's iterator, with its thread,
-ring and readahead, against memcpy out of the mapped file into as many buffers in turn. One JSON line a row.
+Both fill one buffer that is there, each its own, in batches of 64, from memory that is warm; buffers and both sources
+of memcpy begin at a page, where memcpy is quickest. Row 1, CPU seconds of this thread, sides alternated batch by batch,
+medians: ours from mapped tars; memcpy of the same rows from a mapped file (the page cache's memory), and from an array
+in huge pages. `first_touch`: all tars mapped anew, so that each page faults once. Row 2, wall: the feed's iterator,
+with its thread, ring and readahead, against memcpy out of the mapped file into as many buffers in turn. One JSON line a
+row.
 
     python benchmarks/latent_read.py [--mb 512]
 """
@@ -49,7 +50,7 @@ def measure(cache: LatentCache, folder: Path) -> None:
     samples, size = len(cache), cache.layout.latent_bytes
     batches = [stream_slice(0, samples, start, BATCH).tolist() for start in range(0, samples, BATCH)]
     out = host_buffer((BATCH, *cache.layout.latent_shape), cache.dtype, pinned=False)
-    rows = out.view(BATCH, -1).view(torch.uint8).numpy()
+    rows = host_buffer((BATCH, size), torch.uint8, pinned=False).numpy()
     huge = host_buffer((samples, size), torch.uint8, pinned=False).numpy()
     huge[:] = np.random.default_rng(0).integers(0, 256, (samples, size), dtype=np.uint8)
     huge.tofile(folder / "plain")

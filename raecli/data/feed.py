@@ -1,7 +1,7 @@
 """Work done ahead of its use, in order: batches in a background thread, images in a pool of them."""
 
 import contextlib
-import mmap
+import math
 import queue
 import threading
 from collections.abc import Callable, Iterable, Iterator
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from raecli.store.latent_cache import LatentCache
+from raecli.store.memory import fresh_memory
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -163,15 +164,9 @@ class LatentFeed:
 
 
 def host_buffer(shape: tuple[int, ...], dtype: torch.dtype, *, pinned: bool) -> Tensor:
-    """Memory for a batch: pinned, or numpy's, which asks for huge pages; it begins at a page either way.
-
-    memcpy to an address off a cache line, where np.empty's are, takes a third longer; and twice as long where that
-    is a little above the source's, counted within a page.
-    """
+    """Memory for a batch, touched, at a page: pinned, or plain."""
     if pinned:
         return torch.empty(shape, dtype=dtype, pin_memory=True)
-    count = int(np.prod(shape)) * dtype.itemsize
-    memory = np.empty(count + mmap.PAGESIZE, np.uint8)
+    memory = fresh_memory(math.prod(shape) * dtype.itemsize)
     memory.fill(0)  # touched now, rather than in the first batches
-    start = -memory.ctypes.data % mmap.PAGESIZE
-    return torch.from_numpy(memory[start : start + count]).view(dtype).view(shape)
+    return torch.from_numpy(memory).view(dtype).view(shape)

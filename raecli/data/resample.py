@@ -1,23 +1,20 @@
 """Pillow's BOX and BICUBIC resampling over a window of the result, equal to the bit and several times faster.
 
 Pillow computes whole images, a pixel at a time. Here a window alone is computed, sixteen rows at a time, by resample.c,
-which is compiled once with the machine's C compiler (`cc`, or $CC) into the user's cache folder. Without a compiler,
-or where a trial at the first use differs from Pillow in one bit, Pillow does the work.
+which is compiled once (compiled.py). Without a compiler, or where a trial at the first use differs from Pillow in one
+bit, Pillow does the work.
 """
 
 import ctypes
 import functools
-import hashlib
 import math
-import os
-import platform
-import subprocess
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
+
+from raecli.compiled import library_of
 
 BITS = 22  # of Pillow's coefficients
 SUPPORT = {"box": 0.5, "bicubic": 2.0}
@@ -96,9 +93,8 @@ FILTERS: dict[str, Callable[[np.ndarray], np.ndarray]] = {"box": box, "bicubic":
 @functools.lru_cache(maxsize=1)
 def compiled_resample() -> Callable[[np.ndarray, tuple[int, int], Window, str], np.ndarray] | None:
     """The compiled form of by_pillow; None where it cannot be made, or differs from Pillow."""
-    try:
-        library = ctypes.CDLL(str(built_library()))
-    except (OSError, subprocess.SubprocessError):  # no compiler, no room, no permission
+    library = library_of(SOURCE)
+    if library is None:
         return None
 
     def resample(pixels: np.ndarray, size: tuple[int, int], window: Window, kind: str) -> np.ndarray:
@@ -136,18 +132,3 @@ def compiled_resample() -> Callable[[np.ndarray, tuple[int, int], Window, str], 
 def address(array: np.ndarray) -> ctypes.c_void_p:
     """Where an array's numbers begin."""
     return ctypes.c_void_p(array.ctypes.data)
-
-
-def built_library() -> Path:
-    """resample.c, compiled: once for each version of it and kind of machine, under the user's cache folder."""
-    digest = hashlib.sha256(SOURCE.read_bytes()).hexdigest()[:16]
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "rae"
-    library = folder / f"resample-{platform.machine()}-{digest}.so"
-    if not library.exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder) as scratch:
-            made = Path(scratch) / library.name
-            command = [os.environ.get("CC", "cc"), "-O3", "-shared", "-fPIC", "-o", str(made), str(SOURCE)]
-            subprocess.run(command, check=True, capture_output=True, timeout=60)
-            made.replace(library)
-    return library

@@ -30,12 +30,12 @@ from raecli.models.load import located
 from raecli.recipe.recipes import TrainDecoderRecipe
 from raecli.recipe.spec import duration_in_steps
 from raecli.store.atomic import sha256_of
-from raecli.store.checkpoint import check_space, load_optimizer, optimizer_tensors, save_final
+from raecli.store.checkpoint import check_space, load_optimizer, load_weights, optimizer_tensors, save_final
 from raecli.store.checkpoint_writer import CheckpointWriter
 from raecli.store.latent_cache import LatentCache, check_cache, open_cache
 from raecli.store.resolve import latents_config
 from raecli.store.statistics import LatentStatistics
-from raecli.training.beginning import begin_run
+from raecli.training.beginning import begin_run, resumed_from
 from raecli.training.distributed import Ranks, check_batch, data_parallel, decode_threads
 from raecli.training.ema import Ema
 from raecli.training.meter import Meter
@@ -166,15 +166,16 @@ def begin_or_resume(
 ) -> State:
     """Decoder, average, adversary and optimisers: fresh from the seed, or as the newest whole checkpoint has them."""
     samples = len(crops.source.items)
-    latents = latents_of(cache, crops, recipe)
-    checkpoint = begin_run(recipe, latents, total, ranks)
+    begin_run(recipe, ranks)
     torch.manual_seed(recipe.seed)
     model = decoder_of(recipe.decoder, cache.manifest.encoder).to(ranks.device)
     ema = Ema(model, recipe.ema_decay, ramp=recipe.ema_ramp)
     optimizer = optimizer_of(model, recipe)
     adversary = adversary_of(recipe, samples, ranks)
+    latents = latents_of(cache, crops, recipe)
+    checkpoint = resumed_from(recipe, latents, total, ranks, model, ema)
     if checkpoint:
-        model.load_state_dict(checkpoint.model)
+        load_weights(model, checkpoint.model)
         ema.load(checkpoint.ema)
         own = {name: value for name, value in checkpoint.optimizer.items() if not name.startswith(ADVERSARY)}
         load_optimizer(model, optimizer, own)

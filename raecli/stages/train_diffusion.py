@@ -24,13 +24,13 @@ from raecli.models.layers import Block
 from raecli.recipe.recipes import TrainDiffusionRecipe
 from raecli.recipe.spec import duration_in_steps
 from raecli.sampling.online import EVALUATED, Generation, prepare_generation
-from raecli.store.checkpoint import check_space, load_optimizer, optimizer_tensors, save_final
+from raecli.store.checkpoint import check_space, load_optimizer, load_weights, optimizer_tensors, save_final
 from raecli.store.checkpoint_writer import CheckpointWriter
 from raecli.store.latent_cache import LatentCache, check_cache, damaged, open_cache
 from raecli.store.manifest import MANIFEST
 from raecli.store.resolve import latents_config
 from raecli.store.statistics import LatentStatistics
-from raecli.training.beginning import begin_run
+from raecli.training.beginning import begin_run, resumed_from
 from raecli.training.distributed import Ranks, check_batch, data_parallel, fully_sharded, gradients_held
 from raecli.training.ema import Ema
 from raecli.training.meter import Meter
@@ -176,15 +176,15 @@ def open_verified(recipe: TrainDiffusionRecipe, ranks: Ranks) -> LatentCache:
 
 def begin_or_resume(recipe: TrainDiffusionRecipe, cache: LatentCache, total: int, ranks: Ranks) -> State:
     """Model, average and optimiser: fresh from the seed, or as the newest whole checkpoint has them."""
-    checkpoint = begin_run(recipe, latents_config(cache.manifest), total, ranks)
+    begin_run(recipe, ranks)
     torch.manual_seed(recipe.seed)
     model = diffusion_of(recipe.model).to(ranks.device)
-    if checkpoint:
-        model.load_state_dict(checkpoint.model)
     forward = parallel(model, recipe, ranks)
     ema = Ema(model, recipe.ema_decay, ramp=recipe.ema_ramp)  # after sharding: the averages are sharded alike
     optimizer = optimizer_of(model, recipe)
+    checkpoint = resumed_from(recipe, latents_config(cache.manifest), total, ranks, model, ema)
     if checkpoint:
+        load_weights(model, checkpoint.model)
         ema.load(checkpoint.ema)
         load_optimizer(model, optimizer, checkpoint.optimizer)
     return State(model, forward, ema, optimizer, checkpoint.step if checkpoint else 0)

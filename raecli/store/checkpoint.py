@@ -3,11 +3,13 @@
 import hashlib
 import json
 import sys
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
@@ -16,14 +18,15 @@ from torch import Tensor, nn
 from raecli.errors import CheckpointError, InputError, NonFiniteError, StorageError
 from raecli.store.artifact import CONFIG, checkpoint_folders
 from raecli.store.atomic import atomic_folder, remove_folder, sha256_of, write_json
-from raecli.store.checksum import checksums
+from raecli.store.checksum import checksums, nowhere
 from raecli.store.json_file import read_json
 from raecli.store.room import check_free
 from raecli.store.statistics import STATISTICS, LatentStatistics
-from raecli.store.tensors import as_sharded, save_tensors, write_tensors
+from raecli.store.tensors import as_sharded, places_for, save_tensors, write_tensors
 
 MODEL, EMA, OPTIMIZER, STATE = "model.safetensors", "ema.safetensors", "optimizer.safetensors", "state.json"
-FILES = (MODEL, EMA, OPTIMIZER, STATISTICS, CONFIG)  # all but the state, which tells the digests of these
+TENSORS = (MODEL, EMA, OPTIMIZER)
+FILES = (*TENSORS, STATISTICS, CONFIG)  # all but the state, which tells the digests of these
 
 
 @dataclass(frozen=True)
@@ -62,6 +65,14 @@ def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dic
         for parameter, entries in optimizer.state.items()
         for entry, value in entries.items()
     }
+
+
+def load_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
+    """Fill a model with whole weights, which are split as its own are. Raises RuntimeError if their names differ."""
+    own = model.state_dict(keep_vars=True)
+    model.load_state_dict(
+        {name: as_sharded(value, own[name]) if name in own else value for name, value in weights.items()}
+    )
 
 
 def load_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
@@ -138,46 +149,62 @@ def seal_of(state: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
 
 
-def damaged_files(folder: Path, state: dict[str, Any]) -> list[str]:
+def damaged_files(folder: Path, state: dict[str, Any], places: Callable[[str], np.ndarray] = nowhere) -> list[str]:
     """Files that are not as their checkpoint's state tells: by checksums, or by sha256 in states that have no other.
 
-    Raises CheckpointError if the state leaves one out, OSError if one cannot be read.
+    places: where to put their tensors on the way (by checksums alone). Raises CheckpointError if the state leaves a
+    file out, OSError if one cannot be read.
     """
     told = state["checksums"] if "checksums" in state else state["sha256"]
     if untold := [name for name in FILES if name not in told]:
         raise CheckpointError(f"{folder / STATE}: has no digest of {', '.join(untold)}, so nobody knows if it is whole")
     if "checksums" in state:
-        found = checksums(folder, told)
+        found = checksums(folder, told, places)
     else:
         with ThreadPoolExecutor(len(told)) as pool:
             found = dict(zip(told, pool.map(lambda name: sha256_of(folder / name), told), strict=True))
     return [name for name in told if found[name] != told[name]]
 
 
-def read_checkpoint(folder: Path) -> Checkpoint:
-    """Read a checkpoint, every file held against what its state tells. Raises CheckpointError saying what is wrong."""
+def read_checkpoint(folder: Path, into: Mapping[str, Mapping[str, Tensor]] | None = None) -> Checkpoint:
+    """Read a checkpoint, every file held against what its state tells. Raises CheckpointError saying what is wrong.
+
+    into: of MODEL, EMA and OPTIMIZER the tensors that are to hold what is read, by name, for speed: they become the
+    checkpoint's own where they can (places_for). Once this was tried, they hold what nobody knows if it fails.
+    """
     try:
         state = read_json(folder / STATE, CheckpointError)
         if state.pop("seal", None) not in (None, seal_of(state)):
             raise CheckpointError(f"{folder / STATE}: its bytes changed since it was written")
-        for name in damaged_files(folder, state):
+        tensors: dict[str, dict[str, Tensor]] = {}
+
+        def places(name: str) -> np.ndarray:
+            if name not in TENSORS:
+                return nowhere(name)
+            tensors[name], found = places_for(folder / name, (into or {}).get(name, {}))
+            return found
+
+        for name in damaged_files(folder, state, places):
             raise CheckpointError(f"{folder / name}: its bytes changed since it was written")
+        if "checksums" not in state:  # of an older version: nothing was read on the way
+            tensors = {name: load_file(folder / name) for name in TENSORS}
         config = read_json(folder / CONFIG, CheckpointError)
-        tensors = [load_file(folder / name) for name in (MODEL, EMA, OPTIMIZER)]
-        return Checkpoint(folder, int(state["step"]), state, config, *tensors)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
+        return Checkpoint(folder, int(state["step"]), state, config, *(tensors[name] for name in TENSORS))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError, RecursionError) as error:
         raise CheckpointError(f"{folder}: not a whole checkpoint: {error}") from None
 
 
-def newest_checkpoint(run: Path) -> Checkpoint | None:
+def newest_checkpoint(run: Path, into: Mapping[str, Mapping[str, Tensor]] | None = None) -> Checkpoint | None:
     """The newest checkpoint that is whole; bad ones are named on stderr. None if the run has none at all.
+
+    into: as read_checkpoint has it.
 
     Raises CheckpointError if there are some and none can be used: never silently from step 0.
     """
     folders = checkpoint_folders(run)
     for folder in folders:
         try:
-            return read_checkpoint(folder)
+            return read_checkpoint(folder, into)
         except CheckpointError as error:
             print(f"warning: {error}; trying the one before", file=sys.stderr)
     if folders:

@@ -10,8 +10,9 @@ from torch import Tensor
 
 from raecli.store.atomic import storage_error
 from raecli.store.checkpoint import save_checkpoint
+from raecli.store.memory import copy_tensors
 from raecli.store.statistics import LatentStatistics
-from raecli.store.tensors import whole
+from raecli.store.tensors import is_sharded, whole
 
 
 class CheckpointWriter:
@@ -64,12 +65,17 @@ class CheckpointWriter:
     @torch.no_grad()
     def copied(self, part: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         """Tensors in host memory, pinned where they come from a GPU; the memory is used again by the next save."""
-        copies = {}
+        copies: dict[str, Tensor] = {}
+        pairs: list[tuple[Tensor, Tensor]] = []
         for name, tensor in tensors.items():
             gathered = whole(tensor)
             if self.writes:
                 copies[name] = self.buffer(f"{part}/{name}", gathered)
-                copies[name].copy_(gathered, non_blocking=True)
+                pairs.append((copies[name], gathered))
+            if is_sharded(tensor):  # the memory it was gathered in goes before the next one's is asked for
+                copy_tensors(pairs)
+                pairs.clear()
+        copy_tensors(pairs)
         return copies
 
     def buffer(self, name: str, tensor: Tensor) -> Tensor:

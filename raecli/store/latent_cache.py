@@ -1,11 +1,11 @@
 """Reading a latent cache: any sample by its index, straight out of the mapped shards."""
 
-import itertools
 import mmap
 import os
 import resource
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +17,7 @@ from torch import Tensor
 from raecli.errors import InputError
 from raecli.store.atomic import sha256_of
 from raecli.store.manifest import MANIFEST, Manifest, read_manifest
+from raecli.store.memory import copy_memory, is_plain
 from raecli.store.remote import PLACE, RemoteShards, local_folder, remote_of
 from raecli.store.shards import READ_DTYPES, ShardLayout
 from raecli.store.statistics import STATISTICS, LatentStatistics, load_statistics
@@ -24,7 +25,7 @@ from raecli.store.tensors import save_tensors
 from raecli.store.verify import shard_problem, shard_problems, size_problem
 
 INDEX = "index.safetensors"
-Place = tuple[int, tuple[int, int, int]]  # row of a batch; shard, sample in it, view
+PROBE = 8  # while all that was asked for is in memory, one sample of so many is asked about
 VIEWS = {"center": ("latent",), "center+flip": ("latent", "flip")}
 
 
@@ -44,6 +45,7 @@ class LatentCache:
         self.layout = ShardLayout(manifest.latent_shape, manifest.dtype, VIEWS[manifest.views])
         self.starts = np.cumsum([0, *(shard.samples for shard in manifest.shards)])
         self.maps: dict[int, Mapped] = {}
+        self.all_there = False  # whether the last batch that was read ahead was in memory
         allow_open_files(2 * len(manifest.shards))
 
     def __len__(self) -> int:
@@ -79,39 +81,61 @@ class LatentCache:
         as the reading.
         """
         batch = torch.empty((len(indices), *self.layout.latent_shape), dtype=self.dtype) if out is None else out
+        if not is_plain(batch) or batch.dtype != self.dtype or batch.shape[1:] != self.layout.latent_shape:
+            raise ValueError(f"out: {self.dtype} [{len(indices)}, {self.layout.latent_shape}] is wanted, dense")
+        if len(batch) < len(indices):
+            raise ValueError(f"out: {len(batch)} rows for {len(indices)} samples")
         batch = batch[: len(indices)]
-        places = list(enumerate(self.places(indices, flipped)))
+        places = self.places(indices, flipped)
+        rows = batch.flatten(1)
         if self.remote:  # one after the other: a shard that must go for the next one is not held on to
-            places.sort(key=shard_of)
-            for _, own in itertools.groupby(places, shard_of):
-                self.copy(list(own), batch.flatten(1))
+            for shard in np.unique(places.shards):
+                own = np.flatnonzero(places.shards == shard)
+                self.copy(places.some(own), rows, own)
         else:
-            self.copy(places, batch.flatten(1))
+            self.copy(places, rows, np.arange(len(batch)))
         return batch
 
-    def copy(self, places: list[Place], rows: Tensor) -> None:
-        """Bring samples to their rows, of [B, C*H*W]. Keeps all their shards mapped until it is done."""
+    def copy(self, places: "Places", rows: Tensor, numbers: np.ndarray) -> None:
+        """Bring samples to rows [B, C*H*W] of these numbers. Keeps all their shards mapped until it is done."""
+        held = {shard: self.mapped(shard) for shard in set(places.shards.tolist())}
         if self.layout.quantised:
             own = rows.unbind(0)
-            for row, (shard, sample, view) in places:
-                self.mapped(shard).dequantise(sample, view, own[row])
+            for row, shard, sample, view in zip(numbers.tolist(), *places.lists(), strict=True):
+                held[shard].dequantise(sample, view, own[row])
             return
-        numbers = {shard: self.mapped(shard).numbers for _, (shard, _, _) in places}
-        lines = rows.view(torch.uint8).numpy()
-        for row, (shard, sample, view) in places:
-            lines[row] = numbers[shard][view][sample]
+        size = self.layout.latent_bytes
+        begins = np.array([self.layout.latent_offset(0, view) for view in range(len(self.layout.views))])
+        source = np.array([held[shard].address for shard in places.shards.tolist()], np.int64)
+        source += begins[places.views] + places.samples * self.layout.sample_bytes
+        copy_memory(rows.data_ptr() + numbers * size, source, np.full(len(numbers), size))
 
     def read_ahead(self, indices: Sequence[int], flipped: Sequence[bool] | None = None) -> None:
-        """Ask the system to bring samples into memory, and go on at once: for batches that come later."""
-        for shard, sample, view in self.places(indices, flipped):
-            self.mapped(shard).will_need(sample, view)
+        """Ask the system to bring samples into memory, and go on at once: for batches that come later.
 
-    def places(self, indices: Sequence[int], flipped: Sequence[bool] | None) -> Iterator[tuple[int, int, int]]:
-        """Shard, sample in it and view of samples."""
-        shards = np.searchsorted(self.starts, indices, side="right") - 1
-        samples = np.asarray(indices) - self.starts[shards]
-        views = [0] * len(indices) if flipped is None else [int(flip) for flip in flipped]
-        return zip(shards.tolist(), samples.tolist(), views, strict=True)
+        While all are there already, a part of each batch is asked about: it costs a tenth of the reading.
+        """
+        places = self.places(indices, flipped)
+        few = places.some(slice(None, None, PROBE))
+        if self.all_there and not self.remote and not self.called_in(few):
+            return
+        self.all_there = not self.called_in(places)
+
+    def called_in(self, places: "Places") -> bool:
+        """Ask the system for those samples that are not in memory; whether there were any."""
+        asked = [
+            self.mapped(shard).will_need(sample, view) for shard, sample, view in zip(*places.lists(), strict=True)
+        ]
+        return any(asked)
+
+    def places(self, indices: Sequence[int], flipped: Sequence[bool] | None) -> "Places":
+        """Where samples lie. Raises IndexError for one that the cache does not have."""
+        wanted = np.asarray(indices, np.int64)
+        if len(wanted) and not 0 <= wanted.min() <= wanted.max() < len(self):
+            raise IndexError(f"samples {wanted.min()} to {wanted.max()} of a cache of {len(self)}")
+        shards = np.searchsorted(self.starts, wanted, side="right") - 1
+        views = np.zeros(len(wanted), np.int64) if flipped is None else np.asarray(flipped, np.int64)
+        return Places(shards, wanted - self.starts[shards], views)
 
     def mapped(self, shard: int) -> "Mapped":
         """A shard's file in memory, mapped at its first use and from then on."""
@@ -148,9 +172,21 @@ class LatentCache:
         return problems
 
 
-def shard_of(place: Place) -> int:
-    """The shard that a row of a batch comes from."""
-    return place[1][0]
+@dataclass(frozen=True)
+class Places:
+    """Where the samples of a batch lie, int64 [B] each: shard, sample in it, view."""
+
+    shards: np.ndarray
+    samples: np.ndarray
+    views: np.ndarray
+
+    def some(self, which: np.ndarray | slice) -> "Places":
+        """Those of some rows."""
+        return Places(self.shards[which], self.samples[which], self.views[which])
+
+    def lists(self) -> tuple[list[int], list[int], list[int]]:
+        """The three as numbers of Python."""
+        return self.shards.tolist(), self.samples.tolist(), self.views.tolist()
 
 
 def allow_open_files(count: int) -> None:
@@ -164,11 +200,7 @@ def allow_open_files(count: int) -> None:
 
 
 class Mapped:
-    """A shard's file in memory.
-
-    numbers: of each view the latents' bytes where they lie, [samples, bytes]. numpy copies them by memcpy, to memory
-    that begins at a page (feed.host_buffer) more quickly than torch does.
-    """
+    """A shard's file in memory, from `address` on as long as this lives."""
 
     def __init__(self, path: Path, layout: ShardLayout, samples: int) -> None:
         self.file = path.open("rb")
@@ -176,8 +208,9 @@ class Mapped:
         self.knows_what_is_cached = hasattr(os, "RWF_NOWAIT")
         self.begins = [layout.latent_offset(0, view) for view in range(len(layout.views))]
         self.stride, self.room = layout.sample_bytes, layout.member_bytes  # once: a layout computes them at every call
-        shape, strides = (samples, layout.latent_bytes), (self.stride, 1)
-        self.numbers = [np.ndarray(shape, np.uint8, self.map, begin, strides) for begin in self.begins]
+        if len(self.map) < layout.shard_bytes(samples):  # cut since the cache was opened
+            raise InputError(f"{path}: {len(self.map)} bytes, which {samples} samples do not take")
+        self.address = np.frombuffer(self.map, np.uint8).ctypes.data
         if layout.quantised:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", UserWarning)  # it is read-only, as told; nothing writes to it
@@ -188,12 +221,14 @@ class Mapped:
         numbers, scales = (tensors[view].select(0, sample) for tensors in self.tensors)
         torch.mul(numbers.view(len(scales), -1), scales[:, None], out=row.view(len(scales), -1))
 
-    def will_need(self, sample: int, view: int) -> None:
-        """Start reading a sample's view from the disk, if it is not in memory."""
+    def will_need(self, sample: int, view: int) -> bool:
+        """Start reading a sample's view from the disk, if it is not in memory; whether it was not."""
         begin = self.begins[view] + sample * self.stride
         start, end = begin // mmap.PAGESIZE * mmap.PAGESIZE, min(begin + self.room, len(self.map))
-        if not (self.cached(start) and self.cached(end - 1)):
-            self.map.madvise(mmap.MADV_WILLNEED, start, end - start)
+        if self.cached(start) and self.cached(end - 1):
+            return False
+        self.map.madvise(mmap.MADV_WILLNEED, start, end - start)
+        return True
 
     def cached(self, offset: int) -> bool:
         """Whether a byte is in memory: a tenth of the time that an idle madvise takes. False where nobody can tell."""

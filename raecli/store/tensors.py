@@ -1,9 +1,13 @@
-"""Writing safetensors files, a full disk told as what it is."""
+"""safetensors files: written with a full disk told as what it is, and read to where their tensors belong."""
 
 import hashlib
+import itertools
 import json
+import math
+from collections.abc import Mapping
 from pathlib import Path
 
+import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
@@ -11,11 +15,15 @@ from torch import Tensor
 
 from raecli.errors import StorageError
 from raecli.store.checksum import Checksum
+from raecli.store.memory import fresh_memory, is_plain
 
 DTYPES = {  # safetensors' names, in its order: in a file the last come first
     torch.bool: "BOOL", torch.uint8: "U8", torch.int8: "I8", torch.int16: "I16", torch.float16: "F16",
     torch.bfloat16: "BF16", torch.int32: "I32", torch.float32: "F32", torch.float64: "F64", torch.int64: "I64",
 }  # fmt: skip
+NAMES = {name: dtype for dtype, name in DTYPES.items()}
+LARGEST_HEADER = 100_000_000  # bytes: safetensors' own limit
+ALIGNMENT = 64  # bytes: where a tensor begins that is read to fresh memory
 PIECE = 1 << 24  # bytes written and hashed at a time, while they are in the cache
 
 
@@ -78,6 +86,58 @@ def header_of(ordered: list[tuple[str, Tensor]]) -> memoryview:
     text = json.dumps(entries, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     return memoryview(len(text).to_bytes(8, "little") + text)
+
+
+def read_header(path: Path) -> dict[str, tuple[torch.dtype, tuple[int, ...], int, int]]:
+    """Of each tensor of a file, in the file's order: dtype, shape, and where its bytes begin and end.
+
+    Raises ValueError where they do not fill the file one after the other, or a part has not the size of its tensor.
+    """
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if length > min(LARGEST_HEADER, size - 8):
+            raise ValueError(f"{path}: cut short, or no safetensors file")
+        entries = json.loads(file.read(length))
+    entries.pop("__metadata__", None)
+    told = [
+        (*(8 + length + offset for offset in entry["data_offsets"]), name, NAMES[entry["dtype"]], tuple(entry["shape"]))
+        for name, entry in entries.items()
+    ]
+    told.sort()
+    ends = [8 + length, *(end for _, end, *_ in told)]
+    for before, (begin, end, name, dtype, shape) in zip(ends, told, strict=False):
+        if any(type(extent) is not int or extent < 0 for extent in (begin, end, *shape)):
+            raise ValueError(f"{path}: {name} has a shape or a place of no whole numbers")
+        if begin != before or end - begin != math.prod(shape) * dtype.itemsize:
+            raise ValueError(f"{path}: {name} does not lie where it should")
+    if ends[-1] != size:
+        raise ValueError(f"{path}: {size} bytes, of which its tensors take {ends[-1]}")
+    return {name: (dtype, shape, begin, end) for begin, end, name, dtype, shape in told}
+
+
+def places_for(path: Path, into: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], np.ndarray]:
+    """Tensors that a file's are to be read to, and the places for `checksum.checksums`, which fills them.
+
+    into: what is filled itself, where it is dense, on the host, and of the file's dtype and shape; for the others
+    there is fresh memory. Raises ValueError if the header makes no sense.
+    """
+    header = read_header(path)
+    tensors = {name: into[name] for name, (dtype, shape, *_) in header.items() if fits(into.get(name), dtype, shape)}
+    fresh = {name: entry for name, entry in header.items() if name not in tensors}
+    rooms = [-(-(end - begin) // ALIGNMENT) * ALIGNMENT for _, _, begin, end in fresh.values()]
+    memory = torch.from_numpy(fresh_memory(sum(rooms)))
+    for (name, (dtype, shape, begin, end)), start in zip(
+        fresh.items(), itertools.accumulate(rooms, initial=0), strict=False
+    ):
+        tensors[name] = memory[start : start + end - begin].view(dtype).view(shape)
+    places = [(begin, end, tensors[name].data_ptr()) for name, (_, _, begin, end) in header.items() if begin < end]
+    return tensors, np.array(places, np.int64).reshape(-1, 3)
+
+
+def fits(tensor: Tensor | None, dtype: torch.dtype, shape: tuple[int, ...]) -> bool:
+    """Whether a file's tensor can be read to this one's memory."""
+    return tensor is not None and is_plain(tensor) and tensor.dtype == dtype and tensor.shape == shape
 
 
 def bytes_of(tensor: Tensor) -> memoryview:

@@ -12,6 +12,7 @@ from tests.conftest import environment
 PACKAGE = Path(__file__).parents[2] / "raecli"
 FLOORS = {
     "errors": 0,
+    "compiled": 0,
     "console": 0.5,
     "recipe": 1,
     "store": 2,

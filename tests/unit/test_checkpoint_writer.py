@@ -1,10 +1,8 @@
 """Checkpoints written in the background: the same bytes, of the moment of the call; its faults come through."""
 
 import errno
-import os
 import resource
 import threading
-from pathlib import Path
 
 import pytest
 import torch
@@ -14,6 +12,7 @@ from torch import nn
 import raecli.store.checkpoint as checkpoint_module
 from raecli.errors import ExitCode, NonFiniteError, StorageError
 from raecli.stages.worker import ended
+from raecli.store import checksum
 from raecli.store.checkpoint import check_space, newest_checkpoint, optimizer_tensors, save_checkpoint
 from raecli.store.checkpoint_writer import CheckpointWriter
 from raecli.store.statistics import LatentStatistics
@@ -155,15 +154,15 @@ def test_room_that_is_plainly_lacking_is_refused_with_the_bytes(tmp_path):
 def test_a_disk_that_fails_under_a_checkpoint_is_told_when_saving_and_passed_over_when_loading(
     tmp_path, run, capsys, monkeypatch
 ):
-    read = os.preadv
+    read = checksum.piece_sums
 
     def fail_under(part):
-        def fail(handle, memory, offset):
-            if part in str(Path(f"/proc/self/fd/{handle}").readlink()):
-                raise OSError(errno.EIO, "Input/output error")
-            return read(handle, memory, offset)
+        def fail(file, *others):
+            if part in str(file.name):
+                raise OSError(errno.EIO, "Input/output error", file.name)
+            return read(file, *others)
 
-        monkeypatch.setattr(os, "preadv", fail)
+        monkeypatch.setattr(checksum, "piece_sums", fail)
 
     for _ in range(2):
         run.save(save_checkpoint, tmp_path)

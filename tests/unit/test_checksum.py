@@ -1,58 +1,87 @@
 """The checksum of checkpoints: the same by whatever way it is computed, and what it finds for certain."""
 
 import errno
+import itertools
 import os
 
 import numpy as np
 import pytest
 
-from raecli.store.checksum import COLUMNS, GRID, PIECE, Checksum, checksums, sums_of
+from raecli.store import checksum
+from raecli.store.checksum import COLUMNS, GRID, PIECE, Checksum, GridMemory, checksums, piece_sums, sums_of
+
+
+@pytest.fixture(params=["compiled", "plain"])
+def way(request, monkeypatch):
+    """Both ways to the same sums: memory.c, and numpy where there is no compiler."""
+    if request.param == "plain":
+        monkeypatch.setattr(checksum, "compiled_sums", lambda: None)
+    assert (checksum.compiled_sums() is not None) == (request.param == "compiled")
 
 
 def in_parts(data: bytes, generator: np.random.Generator) -> str:
     """The checksum of bytes that come in parts of random sizes."""
-    checksum, start = Checksum(), 0
+    found, start = Checksum(), 0
     while start < len(data):
         size = int(generator.integers(1, max(2, len(data) // 3)))
-        checksum.update(memoryview(data)[start : start + size])
+        found.update(memoryview(data)[start : start + size])
         start += size
-    return checksum.hexdigest()
+    return found.hexdigest()
 
 
 @pytest.mark.parametrize("size", [0, 1, 9, GRID - 1, GRID, GRID + 3, 3 * GRID, PIECE + GRID + 5])
-def test_parts_of_any_size_and_pieces_on_threads_give_one_checksum(tmp_path, size):
+def test_parts_of_any_size_and_pieces_on_threads_give_one_checksum(tmp_path, size, monkeypatch):
     generator = np.random.default_rng(size)
     data = generator.bytes(size)
     (tmp_path / "file").write_bytes(data)
     (tmp_path / "longer").write_bytes(data + b"\0")
     found = checksums(tmp_path, ["file", "longer"])
     assert in_parts(data, generator) == in_parts(data, generator) == found["file"] != found["longer"]
+    monkeypatch.setattr(checksum, "compiled_sums", lambda: None)  # numpy's are those of memory.c
+    assert in_parts(data, generator) == found["file"]
+    assert checksums(tmp_path, ["file", "longer"]) == found
 
 
-def test_a_file_that_is_cut_while_it_is_read_and_a_bad_sector_are_errors_that_name_it(tmp_path, monkeypatch):
-    file, read = tmp_path / "file", os.preadv
-    file.write_bytes(bytes(3 * GRID))
-
-    def cut(handle, memory, offset):
-        os.truncate(file, GRID + 5)
-        return read(handle, memory, offset)
-
-    def fail(handle, memory, offset):
-        raise OSError(errno.EIO, "Input/output error")
-
-    for happens, told in ((cut, "cut while"), (fail, "Input/output")):
-        monkeypatch.setattr(os, "preadv", happens)
-        with pytest.raises(OSError, match=told) as error:
-            checksums(tmp_path, ["file"])
-        assert error.value.errno == errno.EIO and error.value.filename == str(file)
+def test_a_file_that_is_cut_while_it_is_read_and_one_that_cannot_be_read_are_errors_that_name_it(tmp_path, way):
+    path, memory = tmp_path / "file", GridMemory()
+    path.write_bytes(bytes(3 * GRID))
+    with path.open("rb", buffering=0) as file:
+        assert len(piece_sums(file, GRID, 3 * GRID, memory)) == 2 * len(piece_sums(file, 0, 1, memory))
+        os.truncate(path, GRID + 5)
+        with pytest.raises(OSError, match="cut while") as error:
+            piece_sums(file, 0, 3 * GRID, memory)
+    assert error.value.errno == errno.EIO and error.value.filename == str(path)
+    with (tmp_path / "unreadable").open("wb", buffering=0) as file, pytest.raises(OSError, match="descriptor") as error:
+        piece_sums(file, 0, 8, memory)
+    assert error.value.errno == errno.EBADF and error.value.filename == str(tmp_path / "unreadable")
 
 
 def test_a_read_that_brings_a_part_is_gone_on_with(tmp_path, monkeypatch):
+    """The compiled form loops in the same way; no file system of a test reads in parts."""
     data, read = np.random.default_rng(3).bytes(2 * GRID + 9), os.preadv
     (tmp_path / "file").write_bytes(data)
     whole = checksums(tmp_path, ["file"])
+    monkeypatch.setattr(checksum, "compiled_sums", lambda: None)
     monkeypatch.setattr(os, "preadv", lambda handle, memory, offset: read(handle, [memory[0][:300_001]], offset))
     assert checksums(tmp_path, ["file"]) == whole
+
+
+def test_a_file_goes_to_where_its_parts_are_wanted_and_nowhere_else(tmp_path, way):
+    generator = np.random.default_rng(4)
+    size = 2 * PIECE + GRID + 77
+    data = generator.integers(0, 256, size, np.uint8)
+    (tmp_path / "file").write_bytes(data)
+    cuts = np.unique([8, 9, 13, 4099, GRID - 1, GRID, PIECE - 3, 2 * PIECE, *generator.integers(8, size, 40), size])
+    memory = np.full(size + 64 * len(cuts), 7, np.uint8)
+    places, expected, start = [], memory.copy(), 5  # parts lie in memory with gaps, at addresses of any kind
+    for number, (begin, end) in enumerate(itertools.pairwise(cuts.tolist())):
+        if number % 5 != 2:  # some parts nobody wants
+            places.append((begin, end, memory.ctypes.data + start))
+            expected[start : start + end - begin] = data[begin:end]
+            start += end - begin + number % 7
+    plain = checksums(tmp_path, ["file"])
+    assert checksums(tmp_path, ["file"], lambda name: np.array(places)) == plain
+    np.testing.assert_array_equal(memory, expected)
 
 
 def words(seed: int) -> np.ndarray:
