@@ -7,6 +7,7 @@ import tarfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -36,6 +37,15 @@ def npy_header(descr: str, shape: tuple[int, ...]) -> bytes:
     buffer = io.BytesIO()
     np.lib.format.write_array_header_1_0(buffer, {"descr": descr, "fortran_order": False, "shape": shape})
     return buffer.getvalue()
+
+
+class Member(NamedTuple):
+    """A member that holds numbers: how its name ends, its size, and what stands before and after the numbers."""
+
+    ending: bytes
+    size: int
+    prefix: bytes
+    padding: bytes
 
 
 @dataclass(frozen=True)
@@ -104,16 +114,17 @@ class ShardLayout:
         """The member's ending, as webdataset shows it: latent.bf16, latent.npy, flip.npy."""
         return f"{view}.{'bf16' if self.dtype == 'bf16' else 'npy'}"
 
-    def names(self, key: str) -> list[str]:
-        """The names of a sample's members, in their order."""
-        views = [[self.extension(view), *([f"{view}_scale.npy"] * self.quantised)] for view in self.views]
-        return [f"{key}.{ending}" for endings in views for ending in endings] + [f"{key}.cls"]
-
-    def sizes(self, label: int) -> list[int]:
-        """The sizes of a sample's members, in their order."""
-        view = [len(self.prefix) + self.latent_bytes]
-        view += [len(self.scale_prefix) + 4 * self.latent_shape[0]] * self.quantised
-        return view * len(self.views) + [len(str(label))]
+    @functools.cached_property
+    def members(self) -> list["Member"]:
+        """A sample's members in their order, but for its label."""
+        members = []
+        for view in self.views:
+            told = [(f".{self.extension(view)}", self.prefix, self.latent_bytes)]
+            told += [(f".{view}_scale.npy", self.scale_prefix, 4 * self.latent_shape[0])] * self.quantised
+            for ending, prefix, count in told:
+                size = len(prefix) + count
+                members.append(Member(ending.encode(), size, prefix, bytes(padded(size) - size)))
+        return members
 
     def strided(self, data: Tensor, samples: int) -> tuple[list[Tensor], list[Tensor]]:
         """An int8 shard's bytes as tensors on them, one a view: numbers [samples, C*H*W] and scales [samples, C]."""
@@ -128,24 +139,29 @@ class ShardLayout:
         return numbers, [tensor(torch.float32, self.scale_offset(0, view), self.latent_shape[0]) for view in views]
 
 
-@functools.lru_cache(maxsize=64)
-def header_of_nobody(size: int) -> tuple[bytes, int]:
-    """A ustar header without a name, and the sum of its bytes with a blank checksum. No clock, no user in it."""
+@functools.lru_cache(maxsize=4096)
+def header_of_nobody(ending: bytes, size: int) -> tuple[bytes, int]:
+    """A ustar header without a name, and the sum of its bytes with a blank checksum and the name's ending.
+
+    No clock, no user in it.
+    """
     header = tarfile.TarInfo("")
     header.size = size
     data = header.tobuf(tarfile.USTAR_FORMAT)
-    return data, sum(data) - sum(data[CHECKSUM]) + 8 * ord(" ")
+    return data, sum(data) - sum(data[CHECKSUM]) + 8 * ord(" ") + sum(ending)
 
 
-def header_of(name: str, size: int) -> bytes:
-    """The header of a member: tarfile's, its name and checksum patched into one that was made once a size."""
-    template, total = header_of_nobody(size)
-    text = name.encode("ascii")
-    if len(text) > 100:
-        raise ValueError(f"{name}: a tar's name has room for 100 characters")
-    return b"".join(
-        (text, template[len(text) : CHECKSUM.start], b"%06o\0 " % (total + sum(text)), template[CHECKSUM.stop :])
-    )
+def header_of(key: bytes, total: int, ending: bytes, size: int) -> bytes:
+    """The header of member key + ending: tarfile's, made once an ending and size, with name and checksum patched in.
+
+    total: the sum of the key's bytes.
+    """
+    template, rest = header_of_nobody(ending, size)
+    length = len(key) + len(ending)
+    if length > 100:
+        raise ValueError(f"{(key + ending).decode()}: a tar's name has room for 100 characters")
+    checksum = b"%06o\0 " % (total + rest)
+    return b"".join((key, ending, template[length : CHECKSUM.start], checksum, template[CHECKSUM.stop :]))
 
 
 def quantise(latents: Tensor) -> tuple[Tensor, Tensor]:
@@ -169,6 +185,7 @@ class ShardWriter:
     def __init__(self, path: Path, layout: ShardLayout) -> None:
         self.path, self.layout, self.samples = path, layout, 0
         self.file = path.open("wb", buffering=0)
+        self.members = layout.members
 
     def add(self, keys: Sequence[str], labels: Sequence[int], views: Sequence[Tensor]) -> list[Tensor]:
         """Append samples; returns each view as its readers will get it, [B, C, H, W].
@@ -179,25 +196,22 @@ class ShardWriter:
         for latents in views:
             parts.append(list(quantise(latents)) if self.layout.quantised else [latents])
         rows = [array.contiguous().flatten(1).view(torch.uint8).cpu().numpy() for view in parts for array in view]
-        prefixes = [self.layout.prefix, *([self.layout.scale_prefix] * self.layout.quantised)] * len(views)
         pieces: list[bytes | np.ndarray] = []
-        for row, (key, label) in enumerate(zip(keys, labels, strict=True)):
-            pieces += self.pieces_of(key, label, [array[row] for array in rows], prefixes)
+        for key, label, *arrays in zip(keys, labels, *rows, strict=True):
+            pieces += self.pieces_of(key.encode("ascii"), label, arrays)
         self.write(pieces)
         self.samples += len(keys)
         return [dequantise(*view) for view in parts] if self.layout.quantised else list(views)
 
-    def pieces_of(
-        self, key: str, label: int, arrays: list[np.ndarray], prefixes: list[bytes]
-    ) -> list[bytes | np.ndarray]:
+    def pieces_of(self, key: bytes, label: int, arrays: list[np.ndarray]) -> list[bytes | np.ndarray]:
         """One sample's bytes: what stands between two runs of numbers is one piece, the numbers are not copied."""
-        names, sizes = self.layout.names(key), self.layout.sizes(label)
         pieces: list[bytes | np.ndarray] = []
-        padding = b""
-        for name, size, array, prefix in zip(names, sizes, arrays, prefixes, strict=False):
-            pieces += [padding + header_of(name, size) + prefix, array]
-            padding = bytes(padded(size) - size)
-        pieces.append(padding + header_of(names[-1], sizes[-1]) + str(label).encode().ljust(BLOCK, b"\0"))
+        total, padding = sum(key), b""
+        for (ending, size, prefix, room), array in zip(self.members, arrays, strict=True):
+            pieces += [padding + header_of(key, total, ending, size) + prefix, array]
+            padding = room
+        text = b"%d" % label
+        pieces.append(padding + header_of(key, total, b".cls", len(text)) + text.ljust(BLOCK, b"\0"))
         return pieces
 
     def write(self, pieces: list[bytes | np.ndarray]) -> None:
@@ -208,7 +222,7 @@ class ShardWriter:
                 written = os.writev(self.file.fileno(), some)
             except OSError as error:
                 raise self.refused(pieces, error) from None
-            if written != sum(memoryview(piece).nbytes for piece in some):  # a signal or 2 GiB: the rest in one run
+            if written != sum(map(len, some)):  # a signal or 2 GiB: the rest in one run
                 rest = memoryview(b"".join(some))[written:]
                 while rest:
                     try:
@@ -218,7 +232,7 @@ class ShardWriter:
 
     def refused(self, pieces: list[bytes | np.ndarray], error: OSError) -> StorageError:
         """What to say when the disk does not take a batch."""
-        needed = sum(memoryview(piece).nbytes for piece in pieces)
+        needed = sum(map(len, pieces))
         return StorageError(
             f"{self.path}: {needed} more bytes could not be written ({error}); free space, then run the same command"
         )

@@ -50,18 +50,18 @@ def size_problem(size: int, record: ShardRecord, layout: "ShardLayout") -> str:
 def member_starts(layout: "ShardLayout") -> list[int]:
     """Where a sample's members begin, in bytes from the sample's start."""
     starts = [0]
-    for size in layout.sizes(0)[:-1]:
-        starts.append(starts[-1] + BLOCK + -(-size // BLOCK) * BLOCK)
+    for member in layout.members:
+        starts.append(starts[-1] + BLOCK + -(-member.size // BLOCK) * BLOCK)
     return starts
 
 
 def header_problem(file: BinaryIO, record: ShardRecord, layout: "ShardLayout") -> str | None:
     """The first header that is not where it belongs, with its name and size; or an end that is not empty."""
-    endings = [name.removeprefix(".") for name in layout.names("")]
-    starts = member_starts(layout)
+    starts, label = member_starts(layout), "cls"
+    members = [(member.ending.decode().removeprefix("."), member.size) for member in layout.members] + [(label, 0)]
     for sample in range(record.samples):
         key = None
-        for ending, start, size in zip(endings, starts, layout.sizes(0), strict=True):
+        for (ending, size), start in zip(members, starts, strict=True):
             offset = sample * layout.sample_bytes + start
             file.seek(offset)
             try:
@@ -70,7 +70,7 @@ def header_problem(file: BinaryIO, record: ShardRecord, layout: "ShardLayout") -
                 return f"no header of a member at byte {offset}, in sample {sample}"
             found, _, told = header.name.partition(".")
             key = found if key is None else key
-            if (found, told) != (key, ending) or (ending != "cls" and header.size != size):
+            if (found, told) != (key, ending) or (ending != label and header.size != size):
                 return f"{header.name} of {header.size} bytes at byte {offset}, where {key}.{ending} belongs"
     file.seek(record.samples * layout.sample_bytes)
     return None if not any(file.read()) else "no end of archive behind its last sample"

@@ -377,9 +377,12 @@ def test_int8_is_within_half_a_step_and_its_reader_gets_what_the_writer_said(tmp
 
 
 def test_headers_are_tarfiles_own():
-    for name, size in (("a.cls", 1), ("n01440764/n01440764_00001.latent.npy", 393344), ("x" * 100, 8**11 - 1)):
+    sizes = {"a.cls": 1, "n01440764/n01440764_00001.latent.npy": 393344, "x" * 100: 8**11 - 1}
+    for name, size in sizes.items():
+        key, dot, ending = (part.encode() for part in name.partition("."))
         expected = tarfile.TarInfo(name)
         expected.size = size
-        assert header_of(name, size) == expected.tobuf(tarfile.USTAR_FORMAT)
-    with pytest.raises(ValueError, match="room for 100"):
-        header_of("x" * 101, 1)
+        assert header_of(key, sum(key), dot + ending, size) == expected.tobuf(tarfile.USTAR_FORMAT)
+    for key, ending in ((b"x" * 101, b""), (b"x" * 97, b".cls")):
+        with pytest.raises(ValueError, match=f"{(key + ending).decode()}: a tar's name has room for 100"):
+            header_of(key, sum(key), ending, 1)
