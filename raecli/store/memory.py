@@ -37,7 +37,7 @@ def plain_copy(to: np.ndarray, source: np.ndarray, sizes: np.ndarray) -> None:
 
 @functools.lru_cache(maxsize=1)
 def native() -> ctypes.CDLL | None:
-    """memory.c; None where it cannot be compiled."""
+    """memory.c; None where it cannot be compiled, or copies otherwise than asked."""
     library = library_of(SOURCE)
     if library is None:
         return None
@@ -45,7 +45,10 @@ def native() -> ctypes.CDLL | None:
     library.copy.argtypes, library.copy.restype = [address, address, address, count, count], None
     library.sums_of_grids.argtypes, library.sums_of_grids.restype = [address, count, address], None
     library.sums_of_file.argtypes = [ctypes.c_int, count, count, address, address, address, count]
-    return library
+    source, to = np.arange(1000).astype(np.uint8), np.zeros(1000, np.uint8)
+    told = [np.array([number], np.int64) for number in (to.ctypes.data + 3, source.ctypes.data, 997)]
+    library.copy(*(array.ctypes.data for array in told), 1, 0)
+    return library if np.array_equal(to[3:], source[:997]) and not to[:3].any() else None
 
 
 @torch.no_grad()
