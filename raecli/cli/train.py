@@ -104,7 +104,9 @@ def train_diffusion(
 
 def is_absent(cache: str) -> bool:
     """Whether the cache is yet to be made: a plan may be looked at before. Told on stderr."""
-    if Path(cache).exists():
+    from raecli.store.remote import is_url
+
+    if is_url(cache) or Path(cache).exists():
         return False
     typer.echo(f"plan: {cache} is not there yet, so the recipe is shown without what the cache would tell", err=True)
     return True

@@ -2,16 +2,19 @@
 
 from typing import Any
 
-from raecli.errors import InputError
+from raecli.errors import InputError, UsageError
 from raecli.recipe.recipes import TrainDecoderRecipe, TrainDiffusionRecipe
 from raecli.store.manifest import Manifest, differing_fields
+from raecli.store.remote import is_url
 
 
 def resolve_diffusion(recipe: TrainDiffusionRecipe, manifest: Manifest) -> TrainDiffusionRecipe:
     """Fill in channels, size, classes and the dimension m of the time shift.
 
-    Raises InputError listing every value that the cache contradicts.
+    Raises InputError listing every value that the cache contradicts, UsageError for a shuffle that would fetch a
+    remote cache again and again.
     """
+    check_room_for_shuffle(recipe, manifest)
     channels, side, _ = manifest.latent_shape
     classes = len(manifest.classes) if recipe.model.class_conditional else 0
     if recipe.model.class_conditional and not classes:
@@ -37,6 +40,17 @@ def resolve_diffusion(recipe: TrainDiffusionRecipe, manifest: Manifest) -> Train
             "flow": recipe.flow.model_copy(update={"time_shift_dim": dimension}),
         }
     )
+
+
+def check_room_for_shuffle(recipe: TrainDiffusionRecipe, manifest: Manifest) -> None:
+    """Refuse batches out of all shards of a remote cache that are not all here at once."""
+    size = sum(shard.bytes for shard in manifest.shards) / 1e9
+    if is_url(recipe.cache) and recipe.shuffle == "global" and size > recipe.remote_cache_gb:
+        raise UsageError(
+            f"cache {recipe.cache}: its shards take {size:.3f} GB, remote_cache_gb keeps {recipe.remote_cache_gb:g} of "
+            "them here, and with shuffle: global every batch wants all of them, so they would be fetched again and "
+            f"again; set shuffle=block, or remote_cache_gb={size + 0.001:.3f}"
+        )
 
 
 def check_decoder(recipe: TrainDecoderRecipe, manifest: Manifest) -> TrainDecoderRecipe:

@@ -111,3 +111,15 @@ def test_what_is_no_url_or_has_no_package_is_told(tmp_path, monkeypatch, served)
         open_cache(f"{served[0]}/nowhere")
     with pytest.raises(UsageError, match="nosuch"):
         open_cache("nosuch://x/y")
+
+
+def test_a_remote_cache_larger_than_its_room_is_not_read_in_global_order(rae, served, tmp_path):
+    url, _, asked = served
+    environment = {"XDG_CACHE_HOME": str(tmp_path / "home"), "no_proxy": "127.0.0.1"}
+    command = ("train-diffusion", "digits/diffusion_fast", f"cache={url}", "remote_cache_gb=1e-5", "--dry-run")
+    refused = rae(*command, code=2, **environment)
+    assert "set shuffle=block, or remote_cache_gb=0.00" in refused.stderr
+    told = rae(*command, "shuffle=block", **environment)
+    assert "shuffle: block" in told.stdout and "not there yet" not in told.stderr
+    rae(*command[:-2], "--dry-run", **environment)  # all of it fits
+    assert not [name for name in asked if name.startswith("shard")]  # a plan fetches tables alone
