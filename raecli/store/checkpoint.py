@@ -166,11 +166,14 @@ def damaged_files(folder: Path, state: dict[str, Any], places: Callable[[str], n
     return [name for name in told if found[name] != told[name]]
 
 
-def read_checkpoint(folder: Path, into: Mapping[str, Mapping[str, Tensor]] | None = None) -> Checkpoint:
+def read_checkpoint(
+    folder: Path, into: Mapping[str, Mapping[str, Tensor]] | None = None, *, mapped: bool = False
+) -> Checkpoint:
     """Read a checkpoint, every file held against what its state tells. Raises CheckpointError saying what is wrong.
 
     into: of MODEL, EMA and OPTIMIZER the tensors that are to hold what is read, by name, for speed: they become the
-    checkpoint's own where they can (places_for). Once this was tried, they hold what nobody knows if it fails.
+    checkpoint's own where they can. If this fails, nobody knows what is in them. mapped: the others stay in the files,
+    for what goes on to a GPU. Both as places_for has it.
     """
     try:
         state = read_json(folder / STATE, CheckpointError)
@@ -181,7 +184,7 @@ def read_checkpoint(folder: Path, into: Mapping[str, Mapping[str, Tensor]] | Non
         def places(name: str) -> np.ndarray:
             if name not in TENSORS:
                 return nowhere(name)
-            tensors[name], found = places_for(folder / name, (into or {}).get(name, {}))
+            tensors[name], found = places_for(folder / name, (into or {}).get(name, {}), mapped=mapped)
             return found
 
         for name in damaged_files(folder, state, places):
@@ -194,17 +197,19 @@ def read_checkpoint(folder: Path, into: Mapping[str, Mapping[str, Tensor]] | Non
         raise CheckpointError(f"{folder}: not a whole checkpoint: {error}") from None
 
 
-def newest_checkpoint(run: Path, into: Mapping[str, Mapping[str, Tensor]] | None = None) -> Checkpoint | None:
+def newest_checkpoint(
+    run: Path, into: Mapping[str, Mapping[str, Tensor]] | None = None, *, mapped: bool = False
+) -> Checkpoint | None:
     """The newest checkpoint that is whole; bad ones are named on stderr. None if the run has none at all.
 
-    into: as read_checkpoint has it.
+    into, mapped: as read_checkpoint has them.
 
     Raises CheckpointError if there are some and none can be used: never silently from step 0.
     """
     folders = checkpoint_folders(run)
     for folder in folders:
         try:
-            return read_checkpoint(folder, into)
+            return read_checkpoint(folder, into, mapped=mapped)
         except CheckpointError as error:
             print(f"warning: {error}; trying the one before", file=sys.stderr)
     if folders:

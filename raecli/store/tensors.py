@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from raecli.errors import StorageError
@@ -116,23 +116,32 @@ def read_header(path: Path) -> dict[str, tuple[torch.dtype, tuple[int, ...], int
     return {name: (dtype, shape, begin, end) for begin, end, name, dtype, shape in told}
 
 
-def places_for(path: Path, into: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], np.ndarray]:
+def places_for(path: Path, into: Mapping[str, Tensor], *, mapped: bool = False) -> tuple[dict[str, Tensor], np.ndarray]:
     """Tensors that a file's are to be read to, and the places for `checksum.checksums`, which fills them.
 
-    into: what is filled itself, where it is dense, on the host, and of the file's dtype and shape; for the others
-    there is fresh memory. Raises ValueError if the header makes no sense.
+    into: what is filled itself, where it is dense, on the host, and of the file's dtype and shape. For the others
+    there is fresh memory; or, mapped, none: they stay in the file, whose memory all ranks of a machine share, and are
+    good as long as it is. Raises ValueError if the header makes no sense.
     """
     header = read_header(path)
     tensors = {name: into[name] for name, (dtype, shape, *_) in header.items() if fits(into.get(name), dtype, shape)}
-    fresh = {name: entry for name, entry in header.items() if name not in tensors}
-    rooms = [-(-(end - begin) // ALIGNMENT) * ALIGNMENT for _, _, begin, end in fresh.values()]
+    places = [(begin, end, tensors[name].data_ptr()) for name, (_, _, begin, end) in header.items() if name in tensors]
+    others = {name: entry for name, entry in header.items() if name not in tensors}
+    if mapped and others:
+        whole_file = load_file(path)
+        return tensors | {name: whole_file[name] for name in others}, sorted_places(places)
+    rooms = [-(-(end - begin) // ALIGNMENT) * ALIGNMENT for _, _, begin, end in others.values()]
     memory = torch.from_numpy(fresh_memory(sum(rooms)))
-    for (name, (dtype, shape, begin, end)), start in zip(
-        fresh.items(), itertools.accumulate(rooms, initial=0), strict=False
-    ):
+    starts = itertools.accumulate(rooms, initial=0)
+    for (name, (dtype, shape, begin, end)), start in zip(others.items(), starts, strict=False):
         tensors[name] = memory[start : start + end - begin].view(dtype).view(shape)
-    places = [(begin, end, tensors[name].data_ptr()) for name, (_, _, begin, end) in header.items() if begin < end]
-    return tensors, np.array(places, np.int64).reshape(-1, 3)
+        places.append((begin, end, tensors[name].data_ptr()))
+    return tensors, sorted_places(places)
+
+
+def sorted_places(places: list[tuple[int, int, int]]) -> np.ndarray:
+    """As `checksums` wants them: by where they begin, none that is empty."""
+    return np.array(sorted(place for place in places if place[0] < place[1]), np.int64).reshape(-1, 3)
 
 
 def fits(tensor: Tensor | None, dtype: torch.dtype, shape: tuple[int, ...]) -> bool:

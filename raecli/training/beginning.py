@@ -40,10 +40,11 @@ def resumed_from(
     """
     run, found = Path(recipe.output), None
     into = {MODEL: model.state_dict(keep_vars=True), EMA: ema.state()}
+    mapped = ranks.device.type != "cpu"  # else each rank would hold all of it in the host's memory
 
     def look() -> str | None:
         nonlocal found
-        found = newest_checkpoint(run, into)
+        found = newest_checkpoint(run, into, mapped=mapped)
         if found is None:
             check_nothing_is_lost(run, total_steps)
             return None
@@ -52,7 +53,7 @@ def resumed_from(
         return str(found.path)
 
     path = ranks.main_first(look)
-    return found or (read_checkpoint(Path(path), into) if path else None)
+    return found or (read_checkpoint(Path(path), into, mapped=mapped) if path else None)
 
 
 def check_nothing_is_lost(run: Path, total_steps: int) -> None:

@@ -1,6 +1,7 @@
 """safetensors files read by ourselves: as the library reads them, to where they belong; and those that are refused."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,7 +10,15 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from raecli.errors import CheckpointError
-from raecli.store.checkpoint import EMA, MODEL, load_weights, newest_checkpoint, read_checkpoint, save_checkpoint
+from raecli.store.checkpoint import (
+    EMA,
+    MODEL,
+    OPTIMIZER,
+    load_weights,
+    newest_checkpoint,
+    read_checkpoint,
+    save_checkpoint,
+)
 from raecli.store.checksum import checksums
 from raecli.store.statistics import LatentStatistics
 from raecli.store.tensors import DTYPES, places_for, read_header, write_tensors
@@ -130,6 +139,30 @@ def test_weights_are_read_to_where_they_belong_and_nothing_is_copied_after(tmp_p
         assert torch.equal(other.model.state_dict()[name], value)
         assert torch.equal(other.ema.state()[name], run.ema.state()[name])
     assert all(torch.equal(a, b) for a, b in zip(run.ema.sources, other.ema.sources, strict=True))  # its flat views
+
+
+def test_what_goes_on_to_a_gpu_stays_in_the_file_and_is_checked_all_the_same(tmp_path):
+    run, other = Run(tmp_path, 0), Run(tmp_path, 1)
+    folder = run.save(1)
+    into = {MODEL: dict(list(other.into()[MODEL].items())[:1])}
+    checkpoint = read_checkpoint(folder, into, mapped=True)
+    assert checkpoint.model["0.weight"] is other.model[0].weight  # what is here is filled in any case
+    for name, value in run.model.state_dict().items():
+        assert torch.equal(checkpoint.model[name], value) and torch.equal(checkpoint.ema[name], value)
+    files = [line.split()[-1] for line in Path("/proc/self/maps").read_text().splitlines() if str(folder) in line]
+    assert {Path(name).name for name in files} == {MODEL, EMA, OPTIMIZER}
+    data = bytearray((folder / EMA).read_bytes())
+    data[-5] ^= 4
+    (tmp_path / "changed").write_bytes(data)
+    (tmp_path / "changed").replace(folder / EMA)
+    with pytest.raises(CheckpointError, match=r"ema\.safetensors: its bytes changed"):
+        read_checkpoint(folder, mapped=True)
+
+
+def test_nothing_of_a_checkpoint_that_was_read_stays_mapped(tmp_path):
+    folder = Run(tmp_path, 0).save(1)
+    checkpoint = read_checkpoint(folder)
+    assert checkpoint.model and str(folder) not in Path("/proc/self/maps").read_text()
 
 
 def test_after_a_bad_checkpoint_the_one_before_fills_everything(tmp_path, capsys):
