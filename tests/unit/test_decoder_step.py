@@ -125,6 +125,20 @@ def test_the_discriminators_fakes_are_clean_and_of_8_bits_and_its_turn_leaves_th
     torch.testing.assert_close(loss, hinge_loss(scores[:6], scores[6:]).detach())
 
 
+def test_a_turn_follows_the_singular_vectors_by_one_power_iteration_however_many_micro_batches():
+    expected = adversary_of(recipe_of()).discriminator
+    before = {name: value.clone() for name, value in expected.heads.named_buffers()}
+    expected.iterate()
+    for micro in ("6", "2"):
+        recipe = recipe_of(f"micro_batch_size={micro}")
+        learner, adversary = learner_of(recipe), adversary_of(recipe)
+        adversary.turn(learner, learner.parts(crops()))
+        for name, value in adversary.discriminator.heads.named_buffers():
+            if name.endswith(("left", "right")):
+                assert torch.equal(value, expected.heads.get_buffer(name))
+                assert name.endswith("score.left") or not torch.equal(value, before[name])  # one number: 1 or -1
+
+
 def state_of(recipe: TrainDecoderRecipe) -> State:
     learner, adversary = learner_of(recipe), adversary_of(recipe)
     optimizer = make_optimizer(learner.model, learning_rate=1e-3, betas=(0.5, 0.9), weight_decay=0.0)
