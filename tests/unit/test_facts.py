@@ -90,16 +90,16 @@ def test_the_decoders_norms_have_the_releases_epsilon():
 
 def test_statistics_normalise_with_1e_5_inside_the_root():
     """Section 1: (z - mean) / sqrt(var + 1e-5), and its inverse in decode."""
-    mean, variance = torch.full((2, 1, 1), 0.5), torch.tensor([0.0, 3e-5]).view(2, 1, 1)
-    raw = torch.tensor([0.5 + 1e-5**0.5, 0.5 - 4e-5**0.5]).view(1, 2, 1, 1)
-    normal = torch.tensor([1.0, -1.0]).view(1, 2, 1, 1)
+    mean, variance = torch.full((3, 1, 1), 0.5), torch.tensor([0.0, 3e-5, 0.0]).view(3, 1, 1)
+    raw = torch.tensor([0.5 + 1e-5**0.5, 0.5 - 4e-5**0.5, 0.5]).view(1, 3, 1, 1)
+    normal = torch.tensor([1.0, -1.0, 0.0]).view(1, 3, 1, 1)
     statistics = LatentStatistics(mean, variance)
     torch.testing.assert_close(statistics.normalise(raw), normal, atol=1e-4, rtol=0)
     torch.testing.assert_close(statistics.denormalise(normal), raw)
     pixels = torch.zeros(3), torch.ones(3)
     autoencoder = Autoencoder(nn.Identity(), nn.Identity(), mean, variance, pixels)
     torch.testing.assert_close(autoencoder.encode(raw), normal, atol=1e-4, rtol=0)
-    torch.testing.assert_close(autoencoder.scale.flatten(), torch.tensor([1e-5, 4e-5]).sqrt())
+    torch.testing.assert_close(autoencoder.decode(normal), raw)
 
 
 @pytest.mark.parametrize(
@@ -119,6 +119,24 @@ def test_each_sample_of_decoder_training_has_its_own_sigma_of_its_law(law, mean,
     assert bool((sigma > 1.3).any()) == (law == "halfnormal")
     later = learner.noisy(Part(range(5, 7), 1.0, images[:2], clean[:2])) - clean[:2]
     assert torch.equal(later, noise[5:7])  # keyed by position
+
+
+def test_an_upsampling_decoders_encoder_sees_its_crops_without_aliases():
+    """Table 9; docs/encoders.md. Every fourth column is white: a quarter of the light, wherever pixels fall."""
+
+    class Asked(nn.Module):
+        def forward(self, images: Tensor) -> Tensor:
+            self.seen = images
+            return images
+
+    recipe, encoder = load_recipe(TrainDecoderRecipe, "digits/decoder", ("precision=fp32",)), Asked()
+    learner = Learner(nn.Identity(), nn.Identity(), encoder, 8, None, torch.zeros(1), torch.ones(1), recipe, ONE)  # type: ignore[arg-type]
+    stripes = (torch.arange(32) % 4 == 0).float().expand(1, 3, 32, 32)
+    learner.encode(stripes)
+    assert encoder.seen.shape == (1, 3, 8, 8)
+    torch.testing.assert_close(encoder.seen[..., 2:-2], torch.full((1, 3, 8, 4), 0.25), atol=0.03, rtol=0)
+    learner.encode(stripes[..., :8, :8])
+    assert torch.equal(encoder.seen, stripes[..., :8, :8])
 
 
 def test_lpips_is_asked_about_images_in_minus_one_to_one():
