@@ -11,7 +11,7 @@ from torch import nn
 from raecli.data.order import normals
 from raecli.recipe.load import load_recipe
 from raecli.recipe.recipes import TrainDiffusionRecipe
-from raecli.stages.train_diffusion import Batch, backward, make_batch
+from raecli.stages.train_diffusion import Batch, backward, make_batch, samples_of
 from raecli.store.statistics import LatentStatistics
 from raecli.training.distributed import Ranks
 
@@ -61,6 +61,22 @@ def test_times_of_the_release_end_before_the_maximum_and_uniform_ones_are_even()
     even = batch_of(*shift, "flow.time_distribution=uniform").t.double()
     even = (even / (2 - even)).sort().values
     torch.testing.assert_close(even, (torch.arange(COUNT).double() + 0.5) / COUNT, atol=0.015, rtol=0)
+
+
+class Views(list):
+    """A cache of COUNT samples, with or without mirrored views."""
+
+    def __init__(self, has_flips: bool) -> None:
+        super().__init__(range(COUNT))
+        self.has_flips = has_flips
+
+
+def test_half_of_the_samples_are_mirrored_where_that_is_asked_for_and_there():
+    indices, flips = samples_of(Views(True), 1, recipe_of("horizontal_flip=true"), ONE)
+    assert sorted(indices.tolist()) == list(range(COUNT))  # step 1 is the second epoch, each sample once
+    assert np.mean(flips) == pytest.approx(0.5, abs=0.015)  # four standard errors
+    assert samples_of(Views(True), 1, recipe_of("horizontal_flip=false"), ONE)[1] is None
+    assert samples_of(Views(False), 1, recipe_of("horizontal_flip=true"), ONE)[1] is None
 
 
 class Recorded(nn.Module):
