@@ -25,6 +25,7 @@ from raecli.recipe.blocks import AugmentationSpec
 from raecli.recipe.load import load_recipe
 from raecli.recipe.recipes import TrainDecoderRecipe, TrainDiffusionRecipe
 from raecli.sampling.images import to_bytes
+from raecli.store.encoders import PRESETS
 from raecli.store.statistics import LatentStatistics
 from raecli.training.distributed import Ranks
 from raecli.training.optimizer import optimizer_of
@@ -78,6 +79,28 @@ def test_linear_layers_start_xavier_in_dit_and_as_pytorch_has_them_in_dit_dh_and
     layers += [getattr(part[0].attention, name) for part in (model.backbone, model.head) for name in ("qkv", "out")]
     for layer in layers:
         assert fills(layer.weight, pytorchs(layer.weight)) and layer.bias.abs().min() > 0
+
+
+@pytest.mark.parametrize(
+    ("name", "told"),
+    {  # width, patch, prefix tokens, eps, antialias of the positions, mean of a channel
+        "dinov2-s": (384, 14, 5, 1e-6, True, 0.485),
+        "dinov2-b": (768, 14, 5, 1e-6, True, 0.485),
+        "dinov2-l": (1024, 14, 5, 1e-6, True, 0.485),
+        "siglip2-b": (768, 16, 0, 1e-6, False, 0.5),
+        "siglip2-so": (1152, 14, 0, 1e-6, False, 0.5),
+        "mae-b": (768, 16, 1, 1e-12, False, 0.485),
+    }.items(),
+)
+def test_a_presets_encoder_drops_normalises_and_resamples_as_the_release(name, told):
+    """Section 1."""
+    preset = PRESETS[name]
+    mean, std = preset.statistics
+    found = (preset.width, preset.patch_size, preset.prefix_tokens, preset.norm_eps, preset.position_antialias, mean[0])
+    assert found == told
+    assert (mean, std) == (
+        ((0.5,) * 3, (0.5,) * 3) if name.startswith("siglip") else ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+    )
 
 
 def test_the_decoders_norms_have_the_releases_epsilon():
