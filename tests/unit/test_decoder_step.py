@@ -217,3 +217,19 @@ def test_before_its_start_the_perceptual_term_is_zero():
     before = decoder_turn(learner, parts, None, perceptual=False)
     assert before["perceptual"] == 0 and before["loss"] == before["l1"]
     assert decoder_turn(learner, parts, None, perceptual=True)["perceptual"] > 0
+
+
+def test_a_step_hears_of_the_perceptual_term_from_its_start_on():
+    state = replace(state_of(recipe_of()), adversary=None, perceptual_start=2)
+    seen = []
+    for step in range(3):
+        state.step = step
+        seen.append(train_step(state, crops(6 * step), recipe_of(), ONE)["perceptual"].item() > 0)
+    assert seen == [False, False, True]
+
+
+@pytest.mark.parametrize("weight", [0.0, 2.5])
+def test_the_loss_weighs_l1(weight):
+    learner = learner_of(recipe_of(f"loss.l1_weight={weight}"))
+    losses = decoder_turn(learner, learner.parts(crops()), None, perceptual=True)
+    torch.testing.assert_close(losses["loss"], weight * losses["l1"] + 0.5 * losses["perceptual"])

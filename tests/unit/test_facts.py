@@ -2,6 +2,7 @@
 
 import inspect
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -19,6 +20,7 @@ from raecli.decoding.learner import Learner, Part
 from raecli.losses.reconstruction import lpips_loss
 from raecli.metrics.kid import kernel_distance
 from raecli.models.autoencoder import Autoencoder
+from raecli.models.build import decoder_of
 from raecli.models.decoder import Decoder
 from raecli.models.dit import DiT, DiTDH
 from raecli.recipe.blocks import AugmentationSpec
@@ -101,6 +103,15 @@ def test_a_presets_encoder_drops_normalises_and_resamples_as_the_release(name, t
     assert (mean, std) == (
         ((0.5,) * 3, (0.5,) * 3) if name.startswith("siglip") else ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
     )
+
+
+def test_a_recipes_decoder_is_built_with_the_mlp_that_it_tells():
+    """Section 1: ViT-XL's is 4096 wide, not 4 x 1152."""
+    recipe = load_recipe(TrainDecoderRecipe, "decoder_xl_dinov2b")
+    encoder = SimpleNamespace(width=768, tokens_side=16)
+    with torch.device("meta"):
+        module = decoder_of(recipe.decoder, encoder)  # type: ignore[arg-type]
+    assert sum(p.numel() for p in module.parameters()) + 257 * 1152 == 415_352_704
 
 
 def test_the_decoders_norms_have_the_releases_epsilon():
