@@ -110,7 +110,7 @@ def test_a_recipes_decoder_is_built_with_the_mlp_that_it_tells():
     recipe = load_recipe(TrainDecoderRecipe, "decoder_xl_dinov2b")
     encoder = SimpleNamespace(width=768, tokens_side=16)
     with torch.device("meta"):
-        module = decoder_of(recipe.decoder, encoder)  # type: ignore[arg-type]
+        module = decoder_of(recipe.decoder, encoder)
     assert sum(p.numel() for p in module.parameters()) + 257 * 1152 == 415_352_704
 
 
@@ -143,7 +143,7 @@ def test_each_sample_of_decoder_training_has_its_own_sigma_of_its_law(law, mean,
     """Section 6: |N(0, tau^2)| of the paper, tau U(0, 1) of the release. The noise's deviation tells sigma."""
     recipe = load_recipe(TrainDecoderRecipe, "digits/decoder", (f"noise_sigma={law}", "noise_tau=0.8"))
     count = 2000
-    learner = Learner(nn.Identity(), nn.Identity(), None, 8, None, torch.zeros(1), torch.ones(1), recipe, ONE)  # type: ignore[arg-type]
+    learner = Learner(nn.Identity(), nn.Identity(), None, 8, None, torch.zeros(1), torch.ones(1), recipe, ONE)
     images, clean = torch.zeros(count, 3, 1, 1, dtype=torch.uint8), torch.full((count, 16, 4, 4), 7.0)
     noise = learner.noisy(Part(range(count), 1.0, images, clean)) - clean
     sigma = noise.flatten(1).std(dim=1) / 0.8
@@ -164,7 +164,7 @@ def test_an_upsampling_decoders_encoder_sees_its_crops_without_aliases():
             return images
 
     recipe, encoder = load_recipe(TrainDecoderRecipe, "digits/decoder", ("precision=fp32",)), Asked()
-    learner = Learner(nn.Identity(), nn.Identity(), encoder, 8, None, torch.zeros(1), torch.ones(1), recipe, ONE)  # type: ignore[arg-type]
+    learner = Learner(nn.Identity(), nn.Identity(), encoder, 8, None, torch.zeros(1), torch.ones(1), recipe, ONE)
     stripes = (torch.arange(32) % 4 == 0).float().expand(1, 3, 32, 32)
     learner.encode(stripes)
     assert encoder.seen.shape == (1, 3, 8, 8)
