@@ -9,7 +9,7 @@ import typer
 from raecli.cli.options import JsonOpt, OverridesArg
 
 RecipeArg = Annotated[str, typer.Argument(metavar="RECIPE", help="A training recipe's file, or a shipped one's name.")]
-PeakOpt = Annotated[float, typer.Option("--peak", help="TFLOP/s of the device: an H200's in bf16.")]
+PeakOpt = Annotated[float, typer.Option("--peak", help="TFLOP/s of the device; assumed of an H200 in bf16.")]
 
 
 def flops(recipe: RecipeArg, overrides: OverridesArg = None, peak: PeakOpt = 790.0, as_json: JsonOpt = False) -> None:

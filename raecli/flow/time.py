@@ -44,6 +44,8 @@ def time_grid(steps: int, *, kind: str, time_shift: float) -> Tensor:
     """
     if kind == "paper":
         line = torch.linspace(1, 0, steps + 1, dtype=torch.float64)
+    elif kind == "released" and steps < 2:
+        raise ValueError(f"the released time grid makes steps - 1 steps: none of {steps}, so images would be noise")
     elif kind == "released":
         line = 1 - torch.linspace(0, 0.999, steps, dtype=torch.float64)
     else:

@@ -282,6 +282,8 @@ class GenerationSpec(Spec):
             raise ValueError("every is above 0: 10 epochs, 5000 steps")
         if self.guidance_interval[0] > self.guidance_interval[1]:
             raise ValueError("guidance_interval: its first number is above its second")
+        if self.time_grid == "released" and self.steps < 2:
+            raise ValueError("steps is at least 2 on the released time grid, which makes steps - 1")
         if self.reference is None and (self.features or self.inception):
             raise ValueError("reference: missing; features and inception are for a FID, which is to a reference")
         if self.reference is not None and self.num < 2:

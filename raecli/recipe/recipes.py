@@ -159,9 +159,11 @@ class SampleRecipe(Spec):
 
     @model_validator(mode="after")
     def check_interval(self) -> Self:
-        """The interval has its ends in order."""
+        """The interval has its ends in order, and there is a step to make."""
         if self.guidance_interval[0] > self.guidance_interval[1]:
             raise ValueError("guidance_interval: its first number is above its second")
+        if self.time_grid == "released" and self.steps < 2:
+            raise ValueError("steps is at least 2 on the released time grid, which makes steps - 1")
         return self
 
     @model_validator(mode="after")

@@ -102,6 +102,7 @@ def join_ranks(timeout_seconds: float) -> Ranks:
     rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     device = torch.device("cpu")
     torch.backends.cudnn.allow_tf32 = False  # on by default: --precision fp32 says fp32, and bf16 has autocast
+    torch.set_float32_matmul_precision("highest")  # NVIDIA's containers set TORCH_ALLOW_TF32_CUBLAS_OVERRIDE=1
     if torch.cuda.is_available():
         if world > 1 and "LOCAL_RANK" not in os.environ:
             raise UsageError("WORLD_SIZE is above 1 and LOCAL_RANK is not set: which GPU is this rank's?")

@@ -42,7 +42,7 @@ def guided_diffusion_crop(image: Image.Image, size: int) -> np.ndarray:
     return pixels[top : top + size, left : left + size]
 
 
-@pytest.mark.parametrize("size", [(40, 64), (131, 67), (32, 32), (20, 90)])
+@pytest.mark.parametrize("size", [(40, 64), (131, 67), (32, 32), (20, 90), (64, 80)])  # 64: exactly twice too large
 def test_center_crop_is_guided_diffusions_to_the_bit(size):
     image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (*size, 3), dtype=np.uint8))
     np.testing.assert_array_equal(center_crop(np.asarray(image), 32), guided_diffusion_crop(image, 32))

@@ -125,6 +125,20 @@ def test_the_discriminators_fakes_are_clean_and_of_8_bits_and_its_turn_leaves_th
     torch.testing.assert_close(loss, hinge_loss(scores[:6], scores[6:]).detach())
 
 
+def test_a_turn_follows_the_singular_vectors_by_one_power_iteration_however_many_micro_batches():
+    expected = adversary_of(recipe_of()).discriminator
+    before = {name: value.clone() for name, value in expected.heads.named_buffers()}
+    expected.iterate()
+    for micro in ("6", "2"):
+        recipe = recipe_of(f"micro_batch_size={micro}")
+        learner, adversary = learner_of(recipe), adversary_of(recipe)
+        adversary.turn(learner, learner.parts(crops()))
+        for name, value in adversary.discriminator.heads.named_buffers():
+            if name.endswith(("left", "right")):
+                assert torch.equal(value, expected.heads.get_buffer(name))
+                assert ".score." in name or not torch.equal(value, before[name])  # of one row: found at once
+
+
 def state_of(recipe: TrainDecoderRecipe) -> State:
     learner, adversary = learner_of(recipe), adversary_of(recipe)
     optimizer = make_optimizer(learner.model, learning_rate=1e-3, betas=(0.5, 0.9), weight_decay=0.0)
@@ -203,3 +217,19 @@ def test_before_its_start_the_perceptual_term_is_zero():
     before = decoder_turn(learner, parts, None, perceptual=False)
     assert before["perceptual"] == 0 and before["loss"] == before["l1"]
     assert decoder_turn(learner, parts, None, perceptual=True)["perceptual"] > 0
+
+
+def test_a_step_hears_of_the_perceptual_term_from_its_start_on():
+    state = replace(state_of(recipe_of()), adversary=None, perceptual_start=2)
+    seen = []
+    for step in range(3):
+        state.step = step
+        seen.append(train_step(state, crops(6 * step), recipe_of(), ONE)["perceptual"].item() > 0)
+    assert seen == [False, False, True]
+
+
+@pytest.mark.parametrize("weight", [0.0, 2.5])
+def test_the_loss_weighs_l1(weight):
+    learner = learner_of(recipe_of(f"loss.l1_weight={weight}"))
+    losses = decoder_turn(learner, learner.parts(crops()), None, perceptual=True)
+    torch.testing.assert_close(losses["loss"], weight * losses["l1"] + 0.5 * losses["perceptual"])

@@ -4,13 +4,15 @@ import math
 
 import pytest
 import torch
+from pydantic import ValidationError
 
 from raecli.flow.augmentation import augmented_latents, noise_scales
 from raecli.flow.guidance import guided_velocity
 from raecli.flow.path import flow_loss, noisy_latents, target_velocity
 from raecli.flow.sampler import sample
 from raecli.flow.time import logit_normal_time, shift_time, time_grid, training_time
-from raecli.recipe.blocks import FlowSpec
+from raecli.recipe.blocks import FlowSpec, GenerationSpec
+from raecli.recipe.recipes import SampleRecipe
 
 F64 = torch.float64
 
@@ -73,6 +75,20 @@ def test_grids_of_paper_and_release():
     assert len(released) == 50 and released[-1] == pytest.approx(0.00689, abs=1e-5)
     assert time_grid(50, kind="released", time_shift=2 * 48**0.5)[-1] == pytest.approx(0.0137, abs=1e-4)
     assert (paper.diff() < 0).all() and (released.diff() < 0).all()
+
+
+def test_a_grid_without_a_step_is_refused():
+    """Else the images would be the decoded noise."""
+    with pytest.raises(ValueError, match="none of 1"):
+        time_grid(1, kind="released", time_shift=1.0)
+    told = {"steps": 1, "time_grid": "released", "autoencoder": "pixels"}
+    for make in (
+        lambda: SampleRecipe(stage="sample", model="a", output="b", **told),
+        lambda: GenerationSpec(every="1 epochs", num=4, **told),
+    ):
+        with pytest.raises(ValidationError, match="steps is at least 2"):
+            make()
+    assert time_grid(2, kind="released", time_shift=1.0).tolist() == pytest.approx([1, 0.001])
 
 
 class PointMass(torch.nn.Module):

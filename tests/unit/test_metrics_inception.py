@@ -13,6 +13,7 @@ from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorIncepti
 from torch_fidelity.interpolate_compat_tensorflow import interpolate_bilinear_2d_like_tensorflow1x
 
 from raecli.errors import CheckpointError, UsageError
+from raecli.metrics.full_precision import full_float32
 from raecli.metrics.inception import Inception, load_inception
 from raecli.metrics.inception_file import WEIGHTS_NAME, find_inception, hub_folder
 from raecli.recipe.recipes import EvaluateRecipe
@@ -131,6 +132,18 @@ def test_tf32_is_off_inside_and_restored_outside(inception):
     finally:
         handle.remove()
         torch.backends.cudnn.allow_tf32 = before
+
+
+def test_matrix_products_are_float32_inside_and_as_before_outside():
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")  # as TORCH_ALLOW_TF32_CUBLAS_OVERRIDE=1 of NVIDIA's containers does
+    try:
+        with pytest.raises(KeyError), full_float32(torch.device("cpu")):
+            assert torch.get_float32_matmul_precision() == "highest"
+            raise KeyError
+        assert torch.get_float32_matmul_precision() == "high"
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 @pytest.mark.parametrize("size", [7, 256, 299, 320])

@@ -15,7 +15,7 @@ from raecli.recipe.recipes import TrainDiffusionRecipe
 from raecli.recipe.shipped import find_recipe
 from raecli.recipe.spec import duration_in_steps
 from raecli.stages.train_diffusion import positions_of
-from raecli.training.distributed import Ranks, check_batch
+from raecli.training.distributed import Ranks, check_batch, join_ranks
 from raecli.training.ema import Ema
 from raecli.training.optimizer import clip_gradients, learning_rate
 
@@ -149,3 +149,15 @@ def test_junk_around_us_is_refused(junk):
 def test_launch_options_that_cannot_be_are_refused(options, match):
     with pytest.raises(UsageError, match=match):
         check_options(options)
+
+
+def test_float32_is_float32_in_every_stage_whatever_the_container_sets():
+    before = torch.backends.cudnn.allow_tf32, torch.get_float32_matmul_precision()
+    torch.backends.cudnn.allow_tf32 = True
+    torch.set_float32_matmul_precision("high")  # as TORCH_ALLOW_TF32_CUBLAS_OVERRIDE=1 of NVIDIA's containers does
+    try:
+        join_ranks(10)
+        assert (torch.backends.cudnn.allow_tf32, torch.get_float32_matmul_precision()) == (False, "highest")
+    finally:
+        torch.backends.cudnn.allow_tf32 = before[0]
+        torch.set_float32_matmul_precision(before[1])
