@@ -15,7 +15,8 @@ def guard_streams() -> None:
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
         if stream is None:  # started with >&-
-            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: PTH123, SIM115
+            nowhere = open(os.devnull, "w", encoding="utf-8", errors="backslashreplace")  # noqa: PTH123, SIM115
+            setattr(sys, name, nowhere)
         elif not isinstance(stream, Guarded):
             setattr(sys, name, Guarded(stream, name))
 
@@ -68,6 +69,8 @@ class Guarded:
         return count
 
     def __getattr__(self, name: str) -> object:
+        if name == "buffer":  # where the locale is ASCII, typer would write there, past this guard
+            raise AttributeError(name)
         return getattr(self.stream, name)
 
 
