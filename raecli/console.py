@@ -1,6 +1,7 @@
 """Standard streams that may go away, and signals that come before there is anything to save. For door and workers."""
 
 import os
+import pwd
 import re
 import signal
 import sys
@@ -19,6 +20,18 @@ def guard_streams() -> None:
             setattr(sys, name, nowhere)
         elif not isinstance(stream, Guarded):
             setattr(sys, name, Guarded(stream, name))
+
+
+def settle_home() -> None:
+    """Of a user without $HOME and without a line in passwd, as containers have them, say a home that is not there.
+
+    Who looks there for a cache then finds none, and writes none; `~` would be an error, or a folder of that name.
+    """
+    if not os.environ.get("HOME"):
+        try:
+            pwd.getpwuid(os.getuid())
+        except KeyError:
+            os.environ["HOME"] = "/nonexistent"
 
 
 CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]")  # all but tab, newline, return

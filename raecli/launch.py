@@ -17,6 +17,7 @@ from raecli.console import end_if_caught
 from raecli.errors import ExitCode, InputError, Interrupted, Preempted, RaeError, UsageError, WorkerError
 from raecli.launch_folder import launch_folder
 from raecli.recipe.spec import Spec
+from raecli.store.room import check_output
 from raecli.training.result import PRINT_JSON
 
 SHUTDOWN_SECONDS = 120  # for workers to save after TERM, before they are killed
@@ -39,6 +40,8 @@ def start(stage: str, recipe: Spec, launch: LaunchOptions, *, dry_run: bool = Fa
     Raises the RaeError whose exit code the first failed worker ended with. The worker has said why on stderr.
     """
     check_options(launch)
+    if output := getattr(recipe, "output", None):
+        check_output(output)
     joined = joined_environment(os.environ)
     os.environ[PRINT_JSON] = "1" if as_json else ""
     if dry_run:

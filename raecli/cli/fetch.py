@@ -91,7 +91,7 @@ def show_plan(name: str, entry: "Published", target: Path, options: dict[str, An
     from raecli.store.published import download_plan
     from raecli.store.room import check_writable
 
-    check_writable(target.parent)
+    check_writable(target.parent, target)
     files, plan = download_plan(name, entry, str(target))
     if len(files) == len(entry.files):
         convert.show_plan(request_for(entry, files, target, options | {"dry_run": True}), as_json, plan)

@@ -100,7 +100,7 @@ def repair_of(
     from raecli.recipe.load import recipe_from_options
     from raecli.recipe.recipes import EncodeCacheRecipe
     from raecli.store.encoder_weights import WeightsAbsent
-    from raecli.store.room import check_writable
+    from raecli.store.room import check_output
 
     encoder, lines = manifest.encoder, [f"{name}: {problem}; made anew" for name, problem in problems]
     if {name for name, _ in problems} & {record.name for record in manifest.shards}:  # tables alone need no encoder
@@ -122,7 +122,7 @@ def repair_of(
         options["batch_size"] = manifest.batch_size
     recipe = recipe_from_options(EncodeCacheRecipe, options)
     belongs_to(make_job(recipe))
-    check_writable(latents)
+    check_output(latents)
     return recipe, lines
 
 

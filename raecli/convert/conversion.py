@@ -30,7 +30,7 @@ def convert(request: Request) -> Report:
     refuse_existing(request.output, request.force)
     conversion = prepared(request)
     refuse_other_kind(request.output, is_folder=conversion.is_folder)
-    check_writable(request.output.parent)
+    check_writable(request.output.parent, request.output)
     if not request.dry_run:
         with new_output(request.output, request.force, is_folder=conversion.is_folder) as scratch:
             conversion.write(scratch)

@@ -8,7 +8,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from raecli.store.atomic import storage_error
+from raecli.store.atomic import told_error
 from raecli.store.checkpoint import save_checkpoint
 from raecli.store.statistics import LatentStatistics
 from raecli.store.tensors import whole
@@ -93,7 +93,7 @@ class CheckpointWriter:
         try:
             pending.result()
         except OSError as error:
-            raise storage_error(error) from error
+            raise told_error(error) from error
 
     def __enter__(self) -> Self:
         return self

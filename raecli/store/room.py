@@ -17,15 +17,25 @@ def check_free(folder: Path, needed: int, what: str, advice: str) -> None:
         raise StorageError(f"{folder}: {needed} bytes are needed for {what}, {free} are free; free space, {advice}")
 
 
-def check_writable(folder: Path) -> None:
-    """Refuse a folder that this user cannot write to, or cannot make: StorageError with the path that is in the way."""
+def check_output(output: str | Path) -> None:
+    """Refuse an output that this user cannot write, before any work is done for it. Errors of check_writable."""
+    path = Path(output)
+    check_writable(path if os.path.isdir(path) else path.parent, path)  # noqa: PTH112 - is_dir() raises where it may not look
+
+
+def check_writable(folder: Path, output: Path) -> None:
+    """Refuse a folder that this user cannot write to, or cannot make: StorageError telling what is in the way."""
     there = nearest_folder(folder)
+    within = "" if there == output else f" in {there}"
     if not there.is_dir():
-        raise StorageError(f"{there}: is no folder, so nothing can be written below it: choose another output")
+        raise StorageError(f"{output}: cannot be written: {there} is no folder; choose another output")
     if not os.access(there, os.W_OK | os.X_OK):
-        raise StorageError(f"{there}: no permission to write there: choose another output, or change its permissions")
+        raise StorageError(
+            f"{output}: no permission to write{within}: choose another output, or change its permissions"
+        )
 
 
 def nearest_folder(path: Path) -> Path:
     """What is there of a path that may be yet to be made."""
-    return next(there for there in (path.absolute(), *path.absolute().parents) if there.exists())
+    candidates = [path, *path.parents, path.absolute(), *path.absolute().parents]
+    return next(there for there in candidates if os.path.exists(there))  # noqa: PTH110 - exists() raises, see above
