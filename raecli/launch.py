@@ -40,9 +40,10 @@ def start(stage: str, recipe: Spec, launch: LaunchOptions, *, dry_run: bool = Fa
     Raises the RaeError whose exit code the first failed worker ended with. The worker has said why on stderr.
     """
     check_options(launch)
-    if output := getattr(recipe, "output", None):
-        check_output(output)
     joined = joined_environment(os.environ)
+    first = launch.node_rank == 0 and (joined is None or joined["RANK"] == "0")  # others may write nothing
+    if first and (output := getattr(recipe, "output", None)):
+        check_output(output)
     os.environ[PRINT_JSON] = "1" if as_json else ""
     if dry_run:
         print_plan(stage, recipe, launch, as_json)

@@ -3,6 +3,7 @@
 Root may do everything, so under root the commands run as another user, with an interpreter that this user can start.
 """
 
+import json
 import os
 import shutil
 import subprocess
@@ -55,7 +56,7 @@ def place(images, cache):
         (place / "own").mkdir()
         if USER:
             os.chown(place / "own", NOBODY, NOBODY)
-        for shut in (place, place / "cache"):
+        for shut in (place, place / "cache", place / "images"):
             shut.chmod(0o555)
         if run_as_user(["test", "-x", place], cwd="/").returncode:
             pytest.skip(f"user {NOBODY} may not enter {place}")
@@ -126,6 +127,15 @@ def test_a_cache_that_may_not_be_read_is_bad_input(rae, place, name):
     if name == "shard-000001.tar":
         assert "shard-000001.tar: cannot be read: Permission denied" in rae("verify", "../cache", code=3).stderr
     assert not list((place / "own").rglob("*.safetensors"))
+
+
+def test_the_doctor_tells_where_may_not_be_written(rae, place):
+    rows = json.loads(rae("doctor", "--json", code=0, TMPDIR=str(place)).stdout)
+    told = {row["name"]: row["remark"] for row in rows}
+    assert told["disk here"] == "" and told["disk for scratch"].startswith("you may not write there: set TMPDIR")
+    rows = json.loads(rae("doctor", "--json", code=0, cwd="images", TMPDIR=str(place / "absent")).stdout)
+    told = {row["name"]: row["remark"] for row in rows}
+    assert told["disk here"].startswith("you may not write there") and "No such file" in told["disk for scratch"]
 
 
 def test_a_recipe_in_a_folder_that_may_not_be_entered(rae, place):
