@@ -1,6 +1,7 @@
 """Standard streams that may go away, and signals that come before there is anything to save. For door and workers."""
 
 import os
+import pwd
 import re
 import signal
 import sys
@@ -15,9 +16,22 @@ def guard_streams() -> None:
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
         if stream is None:  # started with >&-
-            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: PTH123, SIM115
+            nowhere = open(os.devnull, "w", encoding="utf-8", errors="backslashreplace")  # noqa: PTH123, SIM115
+            setattr(sys, name, nowhere)
         elif not isinstance(stream, Guarded):
             setattr(sys, name, Guarded(stream, name))
+
+
+def settle_home() -> None:
+    """Of a user without $HOME and without a line in passwd, as containers have them, say a home that is not there.
+
+    Who looks there for a cache then finds none, and writes none; `~` would be an error, or a folder of that name.
+    """
+    if not os.environ.get("HOME"):
+        try:
+            pwd.getpwuid(os.getuid())
+        except KeyError:
+            os.environ["HOME"] = "/nonexistent"
 
 
 CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]")  # all but tab, newline, return
@@ -68,6 +82,8 @@ class Guarded:
         return count
 
     def __getattr__(self, name: str) -> object:
+        if name == "buffer":  # where the locale is ASCII, typer would write there, past this guard
+            raise AttributeError(name)
         return getattr(self.stream, name)
 
 

@@ -56,9 +56,7 @@ def machine() -> Iterator[Finding]:
 def limits() -> Iterator[Finding]:
     """Disks, shared memory, open files."""
     for name, folder in (("disk here", Path.cwd()), ("disk for scratch", Path(os.environ.get("TMPDIR", "/tmp")))):
-        free = shutil.disk_usage(folder).free / GIB
-        remark = "" if free >= LEAST_DISK_GIB else f"under {LEAST_DISK_GIB:.0f} GiB: little for checkpoints and caches"
-        yield Finding(name, f"{free:.1f} GiB free at {folder}", remark if name == "disk here" else "")
+        yield disk(name, folder)
     shared = Path("/dev/shm")
     if shared.is_dir():
         free = shutil.disk_usage(shared).free / GIB
@@ -67,6 +65,21 @@ def limits() -> Iterator[Finding]:
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     remark = "" if soft >= LEAST_FILES else f"low: ulimit -n {hard}"
     yield Finding("open files", f"{soft}, at most {hard}", remark)
+
+
+def disk(name: str, folder: Path) -> Finding:
+    """Room in a folder, and whether this user may write there."""
+    advice = "give outputs another folder" if name == "disk here" else "set TMPDIR to another folder"
+    try:
+        free = shutil.disk_usage(folder).free / GIB
+    except OSError as error:
+        return Finding(name, f"none at {folder}", f"{error.strerror}: {advice}")
+    remark = ""
+    if not os.access(folder, os.W_OK | os.X_OK):
+        remark = f"you may not write there: {advice}"
+    elif name == "disk here" and free < LEAST_DISK_GIB:
+        remark = f"under {LEAST_DISK_GIB:.0f} GiB: little for checkpoints and caches"
+    return Finding(name, f"{free:.1f} GiB free at {folder}", remark)
 
 
 def torch_and_devices() -> Iterator[Finding]:

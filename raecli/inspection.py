@@ -1,6 +1,7 @@
 """What lies at a path, what made it, and whether it is whole: the work of `rae inspect`."""
 
 import math
+import os
 import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -151,9 +152,16 @@ def model(path: Path, fast: bool) -> Finding:
         "step": config.get("step"),
         "latents": f"{latents.get('shape')} of {encoder.get('name')}",
         "classes": len(classes) if isinstance(classes, list) else 0,
-        "weights": tensors_told(weights) if weights.is_file() else "absent",
+        "weights": weights_told(weights),
     }
     return Finding(f"checkpoint of a {kind}" if is_checkpoint else kind, facts, problems)
+
+
+def weights_told(path: Path) -> str:
+    """Tensors and parameters of a model's file; what is wrong with one is told by its digest."""
+    if not path.is_file():
+        return "absent"
+    return tensors_told(path) if os.access(path, os.R_OK) else "cannot be read"
 
 
 def samples(path: Path, fast: bool) -> Finding:
@@ -239,13 +247,16 @@ def arrays_told(path: Path) -> dict[str, Any]:
 
 def file_problems(path: Path, size: int | None, digest: str | None) -> list[str]:
     """What is wrong with a file, at most one thing: missing, another size, other bytes."""
-    if not path.is_file():
-        return [f"{path.name}: missing"]
-    found = path.stat().st_size
-    if size is not None and found != size:
-        return [f"{path.name}: {found} bytes, {size} expected"]
-    if digest is not None and sha256_of(path) != digest:
-        return [f"{path.name}: its bytes changed since it was written (sha256 differs)"]
+    try:
+        if not path.is_file():
+            return [f"{path.name}: missing"]
+        found = path.stat().st_size
+        if size is not None and found != size:
+            return [f"{path.name}: {found} bytes, {size} expected"]
+        if digest is not None and sha256_of(path) != digest:
+            return [f"{path.name}: its bytes changed since it was written (sha256 differs)"]
+    except OSError as error:
+        return [f"{path.name}: cannot be read: {error.strerror}"]
     return []
 
 

@@ -8,7 +8,7 @@ import shlex
 import signal
 import sys
 import types
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from raecli.console import end_if_caught
 from raecli.errors import ExitCode, InputError, Interrupted, Preempted, RaeError, UsageError, WorkerError
 from raecli.launch_folder import launch_folder
 from raecli.recipe.spec import Spec
+from raecli.store.room import check_output
 from raecli.training.result import PRINT_JSON
 
 SHUTDOWN_SECONDS = 120  # for workers to save after TERM, before they are killed
@@ -40,6 +41,9 @@ def start(stage: str, recipe: Spec, launch: LaunchOptions, *, dry_run: bool = Fa
     """
     check_options(launch)
     joined = joined_environment(os.environ)
+    first = launch.node_rank == 0 and (joined is None or joined["RANK"] == "0")  # others may write nothing
+    if first and (output := getattr(recipe, "output", None)):
+        check_output(output)
     os.environ[PRINT_JSON] = "1" if as_json else ""
     if dry_run:
         print_plan(stage, recipe, launch, as_json)
@@ -309,16 +313,30 @@ def error_of_signal(number: signal.Signals, ends: Mapping[int, int]) -> RaeError
 
 def print_plan(stage: str, recipe: Spec, launch: LaunchOptions, as_json: bool) -> None:
     """What would run: the resolved recipe on stdout; sizes, steps and the command on stderr, or beside it."""
-    from raecli.plan import plan_lines
     from raecli.recipe.load import dump_recipe
 
-    devices = launch.devices or "every GPU, or one process on a CPU"
-    command = shlex.join(argument for argument in sys.argv[1:] if argument != "--dry-run")
-    lines = [f"stage {stage}; nodes {launch.nnodes}; processes a node: {devices}", *plan_lines(recipe)]
-    lines.append(f"to run it: rae {command}")
+    lines = plan_of(stage, recipe, launch)
     if as_json:
         print(json.dumps({"recipe": recipe.to_dict(), "plan": lines}, indent=2))
         return
     print(dump_recipe(recipe), end="")
+    tell_plan(lines)
+
+
+def plan_of(stage: str, recipe: Spec, launch: LaunchOptions) -> list[str]:
+    """Processes, sizes, steps and the command."""
+    from raecli.plan import plan_lines
+
+    devices = launch.devices or "every GPU, or one process on a CPU"
+    return [f"stage {stage}; nodes {launch.nnodes}; processes a node: {devices}", *plan_lines(recipe), how_to_run()]
+
+
+def how_to_run() -> str:
+    """The last line of a plan: the command that was typed, to do what it says."""
+    return f"to run it: rae {shlex.join(argument for argument in sys.argv[1:] if argument != '--dry-run')}"
+
+
+def tell_plan(lines: Iterable[str]) -> None:
+    """Lines of a plan, on stderr."""
     for line in lines:
         print(f"plan: {line}", file=sys.stderr)

@@ -44,7 +44,9 @@ figure { margin: 1rem 0; }
 def write_report(runs: Sequence[str], out: Path, samples: Sequence[str], evaluations: Sequence[str]) -> None:
     """Write the report of runs, complete or not at all. Raises InputError for a path that is no run."""
     from raecli.store.atomic import write_text
+    from raecli.store.room import check_output
 
+    check_output(out)
     page = document(runs, samples, evaluations)
     out.parent.mkdir(parents=True, exist_ok=True)
     write_text(out, page)

@@ -1,12 +1,16 @@
 """`rae convert`: others' weights into our artifacts and back, in the door's own process."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from raecli.cli.options import JsonOpt
+from raecli.cli.options import DryOpt, JsonOpt
+
+if TYPE_CHECKING:
+    from raecli.convert.settings import Request
 
 Kind = Literal["decoder", "autoencoder", "diffusion", "statistics", "discriminator"]
 
@@ -27,6 +31,7 @@ def convert(
         str | None, typer.Option(help="A decoder's stat.pt, a folder with statistics, or none.")
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace what lies at OUT.")] = False,
+    dry_run: DryOpt = False,
     as_json: JsonOpt = False,
 ) -> None:
     """Convert released or diffusers weights into an artifact, and back.
@@ -51,6 +56,8 @@ def convert(
       rae convert runs/decoder whole/ --kind autoencoder
 
       rae convert runs/dith_xl stage2_model.pt --to official
+
+      rae convert model.pt dith/ --encoder dinov2-b --dry-run
     """
     from raecli.convert.settings import Request, parse_settings
     from raecli.errors import UsageError
@@ -70,20 +77,44 @@ def convert(
         encoder_weights=weights,
         statistics=statistics,
         force=force,
+        dry_run=dry_run,
     )
+    if dry_run:
+        show_plan(request, as_json)
+        return
     from raecli.convert.conversion import convert as run
 
     show(run(request), as_json)
 
 
-def show(report: dict[str, Any], as_json: bool) -> None:
-    """Print what was inferred and made; notes go to stderr unless they are in the JSON."""
+def show_plan(request: "Request", as_json: bool, before: Sequence[str] = ()) -> None:
+    """What a conversion would make, and whether all that it needs is here. Of what is missing its checks are left."""
+    from raecli.convert.conversion import convert as run
+    from raecli.launch import how_to_run
+    from raecli.store.encoder_weights import WeightsAbsent
+
+    replaced = ", in place of what lies there" if request.output.exists() else ""
+    plan = [*before, f"{request.output} would be written{replaced}"]
+    try:
+        report = run(request)
+    except WeightsAbsent as absent:
+        report = {"output": str(request.output), "kind": request.kind, "notes": []}
+        plan.append(f"missing: {absent}; what depends on them is not checked")
+    show(report, as_json, [*plan, how_to_run()])
+
+
+def show(report: dict[str, Any], as_json: bool, plan: Sequence[str] = ()) -> None:
+    """Print what was inferred and made, or would be; notes and a plan go to stderr unless they are in the JSON."""
+    from raecli.launch import tell_plan
+
     if as_json:
-        typer.echo(json.dumps(report, indent=2))
+        typer.echo(json.dumps(report | ({"plan": plan} if plan else {}), indent=2))
         return
+    tell_plan(plan)
     for note in report["notes"]:
         typer.echo(f"note: {note}", err=True)
-    typer.echo(f"{report['output']}: {report['kind']}{', ' + report['to'] if 'to' in report else ''}")
+    kind = report["kind"] or "of a kind yet to be told"
+    typer.echo(f"{report['output']}: {kind}{', ' + report['to'] if 'to' in report else ''}")
     for key, value in report.items():
         if key in ("output", "kind", "to", "notes") or value in (None, {}):
             continue

@@ -25,6 +25,7 @@ NodeRankOpt = Annotated[int, typer.Option("--node-rank", help="Which of them thi
 RdzvOpt = Annotated[str | None, typer.Option("--rdzv", metavar="HOST:PORT", help="Address of machine 0.")]
 TimeoutOpt = Annotated[float, typer.Option("--timeout", help="Seconds that a collective may wait for a rank.")]
 DryRunOpt = Annotated[bool, typer.Option("--dry-run", help="Check everything, print recipe and plan, start nothing.")]
+DryOpt = Annotated[bool, typer.Option("--dry-run", help="Check everything, print the plan, write nothing.")]
 JsonOpt = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")]
 OverridesArg = Annotated[
     list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Recipe values to change: model.depth=12 steps ...")

@@ -53,11 +53,14 @@ def plot(
       rae plot runs/dith_s runs/dith_xl --keys loss,fid --out curves.pdf
     """
     from raecli.errors import UsageError
+    from raecli.store.room import check_output
 
     path = Path(out) if out else (Path(runs[0]) if len(runs) == 1 else Path()) / "curves.png"
     if path.suffix not in (".png", ".pdf", ".svg"):
         raise UsageError(f"--out {path}: ends with .png, .pdf or .svg")
-    curves = curves_of(read_runs(runs), [key.strip() for key in keys.split(",")] if keys else None)
+    lines = read_runs(runs)
+    check_output(path)
+    curves = curves_of(lines, [key.strip() for key in keys.split(",")] if keys else None)
     try:
         picture = drawn(curves)
     except ImportError:

@@ -78,8 +78,11 @@ def tsne(
 
 
 def require_folder(out: str | None) -> None:
-    """Refuse an output file in a folder that is not there."""
+    """Refuse an output file in a folder that is not there, or that this user cannot write to."""
     from raecli.errors import UsageError
+    from raecli.store.room import check_output
 
     if out is not None and not Path(out).absolute().parent.is_dir():
         raise UsageError(f"{out}: no such folder to write in; make it first")
+    if out is not None:
+        check_output(out)

@@ -46,16 +46,22 @@ def list_shipped(as_json: JsonOpt = False) -> None:
 
 
 @app.command("show")
-def show(name: NameArgument) -> None:
-    """Print a recipe as it is written, comments included.
+def show(name: NameArgument, as_json: JsonOpt = False) -> None:
+    """Print a recipe as it is written, comments included; with --json its values.
 
-    Example:
+    Examples:
 
       rae recipes show dith_xl
-    """
-    from raecli.recipe.shipped import find_shipped, read_text
 
-    typer.echo(read_text(find_shipped(name)), nl=False)
+      rae recipes show dith_xl --json
+    """
+    from raecli.recipe.shipped import find_shipped, read_recipe, read_text
+
+    file = find_shipped(name)
+    if as_json:
+        typer.echo(json.dumps({"file": str(file), "recipe": read_recipe(file).values}, indent=2))
+    else:
+        typer.echo(read_text(file), nl=False)
 
 
 @app.command("cp")
@@ -65,6 +71,7 @@ def copy(
         str, typer.Argument(metavar="[DEST]", help="A file or a folder [default: here].", show_default=False)
     ] = ".",
     force: Annotated[bool, typer.Option("--force", help="Overwrite a file that is there.")] = False,
+    as_json: JsonOpt = False,
 ) -> None:
     """Copy a shipped recipe here, or to DEST, to edit it.
 
@@ -87,7 +94,7 @@ def copy(
     if target.exists() and not force:
         raise UsageError(f"{target} is there already; give another name, or --force to overwrite it")
     write_text(target, read_text(source))
-    typer.echo(target)
+    typer.echo(json.dumps({"file": str(source), "output": str(target)}, indent=2) if as_json else target)
 
 
 @app.command("validate")

@@ -3,7 +3,6 @@
 from raecli.convert.diffusers import is_diffusers_folder
 from raecli.convert.encoder import artifact_config
 from raecli.convert.into_rae import (
-    Report,
     autoencoder_into_rae,
     decoder_into_rae,
     diffusion_into_rae,
@@ -17,17 +16,29 @@ from raecli.convert.out_of_rae import (
     diffusion_to_release,
     statistics_to_release,
 )
-from raecli.convert.output import refuse_existing
+from raecli.convert.output import Conversion, Report, new_output, refuse_existing, refuse_other_kind
 from raecli.convert.settings import Request
 from raecli.convert.source import kind_of, read_source
 from raecli.errors import CheckpointError, UsageError
+from raecli.store.room import check_writable
 
 FORMATS = {"rae-diffusion": "diffusion", "rae-decoder": "decoder"}
 
 
 def convert(request: Request) -> Report:
-    """Convert; returns what was found and made. The output is whole or absent."""
+    """Convert; returns what was found and made. The output is whole or absent. A dry run checks, and writes nothing."""
     refuse_existing(request.output, request.force)
+    conversion = prepared(request)
+    refuse_other_kind(request.output, is_folder=conversion.is_folder)
+    check_writable(request.output.parent, request.output)
+    if not request.dry_run:
+        with new_output(request.output, request.force, is_folder=conversion.is_folder) as scratch:
+            conversion.write(scratch)
+    return conversion.report
+
+
+def prepared(request: Request) -> Conversion:
+    """The source read, recognised and checked."""
     if request.to == "rae":
         return into_rae(request)
     if request.to == "diffusers":
@@ -40,7 +51,7 @@ def convert(request: Request) -> Report:
     return diffusion_to_release(request) if kind == "diffusion" else decoder_to_release(request)
 
 
-def into_rae(request: Request) -> Report:
+def into_rae(request: Request) -> Conversion:
     """Others' layouts to ours."""
     if request.source.is_dir():
         if artifact_config(request.source) is not None:
@@ -61,7 +72,7 @@ def into_rae(request: Request) -> Report:
     return ways[kind](request, source)
 
 
-def ours_to_ours(request: Request) -> Report:
+def ours_to_ours(request: Request) -> Conversion:
     """The one thing to be done with an artifact that is ours already: its encoder is put inside."""
     check_kind(request, own_kind(request), ("decoder", "autoencoder"))
     if request.kind != "autoencoder":

@@ -20,15 +20,17 @@ FOLDER = "encoder"  # inside an artifact
 WEIGHTS = "model.safetensors"
 
 
-def resolved_encoder(name: str, *, image_size: int, weights: str | None, input_size: int | None) -> EncoderSpec:
+def resolved_encoder(
+    name: str, *, image_size: int, weights: str | None, input_size: int | None, offline: bool = False
+) -> EncoderSpec:
     """An encoder by preset, `timm:NAME` or Hugging Face folder; or the one of an autoencoder artifact of ours."""
     artifact = artifact_config(Path(name))
     if artifact is None:
-        return resolve_encoder(name, image_size=image_size, weights=weights, input_size=input_size)
+        return resolve_encoder(name, image_size=image_size, weights=weights, input_size=input_size, offline=offline)
     folder, config = artifact
     try:
         spec = EncoderSpec.model_validate(tuples(config["latents"]["encoder"]))
-        return located(spec, int(config["latents"]["image_size"]), folder)
+        return located(spec, int(config["latents"]["image_size"]), folder, offline=offline)
     except (KeyError, TypeError, ValueError, ValidationError) as error:
         raise CheckpointError(f"{folder / CONFIG}: tells no encoder: {error}") from None
 
@@ -43,22 +45,21 @@ def artifact_config(path: Path) -> tuple[Path, dict[str, Any]] | None:
     return (folder, config) if str(config.get("format", "")).startswith("rae-") else None
 
 
-def keep_inside(spec: EncoderSpec, scratch: Path) -> EncoderSpec:
-    """Copy an encoder's files into an artifact; the spec then tells them by paths relative to it."""
-    if spec.weights is None:
-        raise UsageError(f"encoder {spec.name}: has no weights to keep")
+def copy_inside(spec: EncoderSpec, scratch: Path) -> None:
+    """Copy an encoder's files into an artifact, where relative() tells them."""
     inside = scratch / FOLDER
     inside.mkdir()
-    shutil.copyfile(spec.weights, inside / WEIGHTS)
+    shutil.copyfile(str(spec.weights), inside / WEIGHTS)
     if spec.path is not None:
         for name in (CONFIG, "preprocessor_config.json"):
             if (Path(spec.path) / name).is_file():
                 shutil.copyfile(Path(spec.path) / name, inside / name)
-    return relative(spec)
 
 
 def relative(spec: EncoderSpec) -> EncoderSpec:
-    """The same encoder, its files told relative to the artifact that they are in."""
+    """The same encoder, its files told relative to the artifact that they are in. UsageError if it has none."""
+    if spec.weights is None:
+        raise UsageError(f"encoder {spec.name}: has no weights to keep")
     path = None if spec.path is None else FOLDER
     return spec.model_copy(update={"path": path, "weights": f"{FOLDER}/{WEIGHTS}"})
 

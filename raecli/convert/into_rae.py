@@ -9,11 +9,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from raecli.convert import diffusers
-from raecli.convert.encoder import FOLDER, keep_inside, relative, resolved_encoder, write_folder
+from raecli.convert.encoder import FOLDER, copy_inside, relative, resolved_encoder, write_folder
 from raecli.convert.encoder_names import published_name
 from raecli.convert.official import decoder_from_official, decoder_to_official, diffusion_from_official
 from raecli.convert.official import diffusion_to_official as to_official
-from raecli.convert.output import finish_artifact, new_file, new_folder, provenance
+from raecli.convert.output import Conversion, Report, finish_artifact, provenance
 from raecli.convert.settings import Request
 from raecli.convert.sizes import decoder_sizes, diffusion_sizes
 from raecli.convert.source import Source
@@ -25,15 +25,14 @@ from raecli.models.decoder import Decoder
 from raecli.models.load import check_layout
 from raecli.recipe.blocks import DecoderSpec, DiffusionModelSpec, EncoderSpec, FlowSpec
 from raecli.store.checkpoint import contiguous
-from raecli.store.encoders import resolve_encoder
+from raecli.store.encoders import encoder_input_size, resolve_encoder
 from raecli.store.manifest import PREPROCESS
 from raecli.store.statistics import LatentStatistics
 
 PIXELS_A_TOKEN = 16  # of the image, whatever the encoder's patch: a patch of 14 sees an image that was made smaller
-Report = dict[str, Any]
 
 
-def diffusion_into_rae(request: Request, source: Source) -> Report:
+def diffusion_into_rae(request: Request, source: Source) -> Conversion:
     """A released DiT or DiT-DH to a diffusion artifact."""
     sizes = diffusion_sizes(source.weights, request.settings, source.path)
     try:
@@ -62,10 +61,8 @@ def diffusion_into_rae(request: Request, source: Source) -> Report:
         f"{source.path.name} ({source.entry}).\n\n    rae sample {request.output} samples/ --autoencoder AUTOENCODER\n"
     )
     statistics = statistics_at(Path(request.statistics)) if request.statistics else None
-    with new_folder(request.output, request.force) as scratch:
-        finish_artifact(scratch, weights=weights, statistics=statistics, config=config, card=card)
     encoder = config["latents"]["encoder"]
-    return {
+    report = {
         "kind": "diffusion",
         "output": str(request.output),
         "parameters": parameters,
@@ -76,6 +73,8 @@ def diffusion_into_rae(request: Request, source: Source) -> Report:
         "weights": source.entry,
         "notes": [*source.notes, *([] if encoder else [UNKNOWN_ENCODER])],
     }
+    made = {"weights": weights, "statistics": statistics, "config": config, "card": card}
+    return Conversion(report, lambda scratch: finish_artifact(scratch, **made))
 
 
 def checked_tables(spec: DiffusionModelSpec, source: Source, backbone_depth: int | None) -> dict[str, Tensor]:
@@ -116,6 +115,7 @@ def checked_encoder(request: Request, image_size: int, channels: int, side: int 
         image_size=image_size,
         weights=request.encoder_weights,
         input_size=request.settings.get("input_size"),
+        offline=request.dry_run,
     )
     if spec.width != channels or side not in (None, spec.tokens_side):
         found = f"{spec.width} channels and {spec.tokens_side} tokens a side"
@@ -126,7 +126,7 @@ def checked_encoder(request: Request, image_size: int, channels: int, side: int 
     return spec
 
 
-def decoder_into_rae(request: Request, source: Source) -> Report:
+def decoder_into_rae(request: Request, source: Source) -> Conversion:
     """A released decoder, with its encoder's identity and its statistics, to an autoencoder artifact.
 
     kind autoencoder: the encoder's weights are kept inside the artifact.
@@ -151,20 +151,20 @@ def decoder_into_rae(request: Request, source: Source) -> Report:
         raise UsageError(f"--statistics {request.statistics}: are of latents {found}, the decoder's are {shape}")
     spec = DecoderSpec(**{name: sizes[name] for name in DecoderSpec.model_fields if name in sizes})
     weights = checked_decoder(source.weights, spec, shape, source.path)
-    with new_folder(request.output, request.force) as scratch:
-        kept = keep_inside(encoder, scratch) if request.kind == "autoencoder" else encoder
-        config = autoencoder_config(
-            spec,
-            kept,
-            image_size,
-            noise_tau=None,
-            step=source.step,
-            converted=provenance(request, source.path, source.entry, "official"),
-        )
-        card = autoencoder_card(request, weights, kept, source.path)
+    is_whole = request.kind == "autoencoder"
+    kept = relative(encoder) if is_whole else encoder
+    converted = provenance(request, source.path, source.entry, "official")
+    config = autoencoder_config(spec, kept, image_size, noise_tau=None, step=source.step, converted=converted)
+    card = autoencoder_card(request, weights, kept.name, source.path)
+
+    def write(scratch: Path) -> None:
+        if is_whole:
+            copy_inside(encoder, scratch)
         finish_artifact(scratch, weights=weights, statistics=statistics, config=config, card=card)
-    kind = "autoencoder" if request.kind == "autoencoder" else "decoder"
-    return autoencoder_report(request, kind, weights, spec, kept, statistics, shape, source.entry, source.notes)
+
+    kind = "autoencoder" if is_whole else "decoder"
+    report = autoencoder_report(request, kind, weights, spec, kept.name, statistics, shape, source.entry, source.notes)
+    return Conversion(report, write)
 
 
 def checked_decoder(
@@ -208,11 +208,11 @@ def autoencoder_config(
     }
 
 
-def autoencoder_card(request: Request, weights: dict[str, Tensor], encoder: EncoderSpec, source: Path) -> str:
+def autoencoder_card(request: Request, weights: dict[str, Tensor], encoder: str, source: Path) -> str:
     """The model card."""
     count = sum(tensor.numel() for tensor in weights.values())
     return (
-        f"# {request.output.name}\n\nA ViT decoder with {count:,} parameters for latents of {encoder.name}, "
+        f"# {request.output.name}\n\nA ViT decoder with {count:,} parameters for latents of {encoder}, "
         f"converted by rae from {source.name}.\n\n    autoencoder = raecli.load_autoencoder({str(request.output)!r})\n"
     )
 
@@ -222,7 +222,7 @@ def autoencoder_report(
     kind: str,
     weights: dict[str, Tensor],
     spec: DecoderSpec,
-    encoder: EncoderSpec,
+    encoder: str,
     statistics: LatentStatistics,
     shape: tuple[int, int, int],
     entry: str,
@@ -235,15 +235,15 @@ def autoencoder_report(
         "parameters": sum(tensor.numel() for tensor in weights.values()),
         "sizes": spec.to_dict(),
         "latents": list(shape),
-        "encoder": encoder.name,
-        "encoder_inside": encoder.weights == f"{FOLDER}/model.safetensors",
+        "encoder": encoder,
+        "encoder_inside": kind == "autoencoder",
         "statistics": "variance alone" if statistics.mean is None else "mean and variance",
         "weights": entry,
         "notes": list(notes),
     }
 
 
-def autoencoder_into_rae(request: Request) -> Report:
+def autoencoder_into_rae(request: Request) -> Conversion:
     """A diffusers AutoencoderRAE folder to an autoencoder artifact that has its encoder inside."""
     config, weights = diffusers.read_folder(request.source)
     required = ("_latents_mean", "_latents_std", "encoder_mean", "encoder_std")
@@ -266,62 +266,62 @@ def autoencoder_into_rae(request: Request) -> Report:
     statistics = diffusers.statistics_from(weights, config, shape)
     image_size = request.settings.get("image_size", side * PIXELS_A_TOKEN)
     converted = provenance(request, request.source / diffusers.WEIGHTS, "flat", "diffusers")
-    with new_folder(request.output, request.force) as scratch:
-        encoder = encoder_inside(request, config, weights, scratch, image_size)
-        card = autoencoder_card(request, ours, encoder, request.source)
+    name = f"{config['encoder_type']} of width {shape[0]}, in the artifact"
+    encoder_input_size(name, image_size, config["encoder_patch_size"], config["encoder_input_size"])
+    frozen, pixels = published_encoder(config, weights), diffusers.image_statistics_from(weights, config)
+    card = autoencoder_card(request, ours, name, request.source)
+
+    def write(scratch: Path) -> None:
+        folder = scratch / FOLDER
+        write_folder(
+            folder, diffusers.encoder_config(config), dict(zip(("image_mean", "image_std"), pixels, strict=True))
+        )
+        save_file(contiguous(frozen), folder / "model.safetensors", metadata={"format": "pt"})
+        encoder = resolve_encoder(str(folder), image_size=image_size, input_size=config["encoder_input_size"])
+        encoder = relative(encoder.model_copy(update={"name": name}))
         told = autoencoder_config(
             spec, encoder, image_size, noise_tau=float(config["noise_tau"]), step=None, converted=converted
         )
         finish_artifact(scratch, weights=ours, statistics=statistics, config=told, card=card)
+
     notes = () if side == diffusers.POSITION_BASE else (diffusers.OTHER_POSITIONS.format(side=side),)
-    return autoencoder_report(request, "autoencoder", ours, spec, encoder, statistics, shape, "flat", notes)
+    report = autoencoder_report(request, "autoencoder", ours, spec, name, statistics, shape, "flat", notes)
+    return Conversion(report, write)
 
 
-def encoder_inside(
-    request: Request, config: dict[str, Any], weights: dict[str, Tensor], scratch: Path, image_size: int
-) -> EncoderSpec:
-    """The encoder of a diffusers folder as a Hugging Face folder of its own, inside the artifact."""
+def published_encoder(config: dict[str, Any], weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The encoder of a diffusers folder under its published names, as a Hugging Face folder has them."""
     family = diffusers.FAMILIES[config["encoder_type"]]
-    mean, std = diffusers.image_statistics_from(weights, config)
-    folder = scratch / FOLDER
-    write_folder(folder, diffusers.encoder_config(config), {"image_mean": mean, "image_std": std})
-    tensors = {
+    return {
         published_name(name.removeprefix("encoder."), family): value
         for name, value in weights.items()
         if name.startswith("encoder.")
     }
-    save_file(contiguous(tensors), folder / "model.safetensors", metadata={"format": "pt"})
-    spec = resolve_encoder(str(folder), image_size=image_size, input_size=config["encoder_input_size"])
-    return relative(
-        spec.model_copy(update={"name": f"{config['encoder_type']} of width {spec.width}, in the artifact"})
-    )
 
 
-def statistics_into_rae(request: Request, source: Source) -> Report:
+def statistics_into_rae(request: Request, source: Source) -> Conversion:
     """Released statistics {mean, var} to statistics.safetensors."""
     statistics = statistics_at(source.path)
-    with new_file(request.output, request.force) as scratch:
-        statistics.save(scratch)
-    return {
+    report = {
         "kind": "statistics",
         "output": str(request.output),
         "latents": list(statistics.variance.shape),
         "statistics": "variance alone" if statistics.mean is None else "mean and variance",
         "notes": list(source.notes),
     }
+    return Conversion(report, statistics.save, is_folder=False)
 
 
-def discriminator_into_rae(request: Request, source: Source) -> Report:
+def discriminator_into_rae(request: Request, source: Source) -> Conversion:
     """The discriminator's frozen DINO backbone as safetensors, its names unchanged: they are timm's already."""
     from raecli.convert.discriminator import check_dino
 
     depth, width = check_dino(source.weights, source.path)
-    with new_file(request.output, request.force) as scratch:
-        save_file(contiguous(source.weights), scratch)
-    return {
+    report = {
         "kind": "discriminator",
         "output": str(request.output),
         "parameters": sum(tensor.numel() for tensor in source.weights.values()),
         "sizes": {"width": width, "depth": depth},
         "notes": list(source.notes),
     }
+    return Conversion(report, lambda scratch: save_file(contiguous(source.weights), scratch), is_folder=False)

@@ -12,11 +12,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from raecli.convert import diffusers
-from raecli.convert.encoder import keep_inside
+from raecli.convert.encoder import copy_inside, relative
 from raecli.convert.encoder_layout import REGISTERS, encoder_shapes, is_unused
 from raecli.convert.encoder_names import PUBLISHED, name_for, published_from_timm, published_name, version_numbers
 from raecli.convert.official import decoder_to_official, diffusion_to_official
-from raecli.convert.output import finish_artifact, new_file, new_folder, provenance
+from raecli.convert.output import Conversion, finish_artifact, provenance
 from raecli.convert.settings import Request
 from raecli.convert.statistics import statistics_at
 from raecli.convert.tables import decoder_tables, diffusion_tables
@@ -27,7 +27,6 @@ from raecli.store.checkpoint import EMA, MODEL, contiguous
 from raecli.store.encoder_config import read_folder_config
 from raecli.store.manifest import tuples
 
-Report = dict[str, Any]
 # Before the vision tower's names where a larger model was saved; what an autoencoder does not have.
 TOWER = re.compile(r"^(dinov2_with_registers|dinov2|vit)\.")
 DROPPED = re.compile(
@@ -46,7 +45,7 @@ def spec_of(config: dict[str, Any], *keys: str, model: Any, where: Path) -> Any:
         raise CheckpointError(f"{where}: no {'.'.join(keys)} of this version: {error}") from None
 
 
-def diffusion_to_release(request: Request) -> Report:
+def diffusion_to_release(request: Request) -> Conversion:
     """A diffusion artifact to a flat state dict."""
     folder, config, weights = read_artifact(request.source, "rae-diffusion")
     spec: DiffusionModelSpec = spec_of(config, "recipe", "model", model=DiffusionModelSpec, where=folder)
@@ -56,72 +55,78 @@ def diffusion_to_release(request: Request) -> Report:
         patch_size=spec.patch_size,
         tables=diffusion_tables(spec),
     )
-    return save_release(request, "diffusion", released, spec.to_dict())
+    return release_of(request, "diffusion", released, spec.to_dict())
 
 
-def decoder_to_release(request: Request) -> Report:
+def decoder_to_release(request: Request) -> Conversion:
     """The decoder of an autoencoder artifact to a flat state dict. Its statistics are another file: kind statistics."""
     folder, config, weights = read_artifact(request.source, "rae-decoder")
     spec: DecoderSpec = spec_of(config, "recipe", "decoder", model=DecoderSpec, where=folder)
     released = decoder_to_official(weights, decoder_tables(int(config["latents"]["shape"][1]), spec.width))
-    return save_release(request, "decoder", released, spec.to_dict())
+    return release_of(request, "decoder", released, spec.to_dict())
 
 
-def statistics_to_release(request: Request) -> Report:
+def statistics_to_release(request: Request) -> Conversion:
     """Statistics to {mean, var}; mean is None where there is none."""
     statistics = statistics_at(request.source)
-    return save_release(request, "statistics", {"mean": statistics.mean, "var": statistics.variance}, {})
+    return release_of(request, "statistics", {"mean": statistics.mean, "var": statistics.variance}, {})
 
 
-def save_release(request: Request, kind: str, tensors: dict[str, Tensor | None], sizes: dict[str, Any]) -> Report:
-    """Write tensors by name with torch.save, as the release has them."""
+def release_of(request: Request, kind: str, tensors: dict[str, Tensor | None], sizes: dict[str, Any]) -> Conversion:
+    """Tensors by name, to be written with torch.save, as the release has them."""
     whole = {
         name: None if value is None else value.clone(memory_format=torch.contiguous_format)
         for name, value in tensors.items()
     }
-    with new_file(request.output, request.force) as scratch:
+
+    def write(scratch: Path) -> None:
         try:
             torch.save(whole, scratch)
         except RuntimeError as error:  # the archive's writer has no OSError of its own
             raise StorageError(f"{request.output}: could not be written: {str(error).splitlines()[0]}") from None
-    count = sum(value.numel() for value in whole.values() if value is not None)
-    return {
+
+    report = {
         "kind": kind,
         "output": str(request.output),
         "to": "official",
-        "numbers": count,
+        "numbers": sum(value.numel() for value in whole.values() if value is not None),
         "sizes": sizes,
         "notes": [],
     }
+    return Conversion(report, write, is_folder=False)
 
 
-def autoencoder_with_encoder(request: Request) -> Report:
+def autoencoder_with_encoder(request: Request) -> Conversion:
     """An autoencoder artifact of ours with its encoder's weights inside: it then needs no other file."""
     folder, config, weights = read_artifact(request.source, "rae-decoder")
     told: EncoderSpec = spec_of(config, "latents", "encoder", model=EncoderSpec, where=folder)
-    encoder = located(told, int(config["latents"]["image_size"]), folder)
+    encoder = located(told, int(config["latents"]["image_size"]), folder, offline=request.dry_run)
     source = folder / (EMA if (folder / EMA).is_file() else MODEL)
+    kept, statistics = relative(encoder), statistics_of(folder)
     config = config | {"converted": provenance(request, source, "flat", "rae")}
-    with new_folder(request.output, request.force) as scratch:
-        kept = keep_inside(encoder, scratch)
-        config["latents"] = config["latents"] | {"encoder": kept.to_dict()}
-        card = f"# {request.output.name}\n\nThe autoencoder of {folder.name} with its encoder, {kept.name}, inside.\n"
-        finish_artifact(scratch, weights=weights, statistics=statistics_of(folder), config=config, card=card)
-    return {
+    config["latents"] = config["latents"] | {"encoder": kept.to_dict()}
+    card = f"# {request.output.name}\n\nThe autoencoder of {folder.name} with its encoder, {kept.name}, inside.\n"
+
+    def write(scratch: Path) -> None:
+        copy_inside(encoder, scratch)
+        finish_artifact(scratch, weights=weights, statistics=statistics, config=config, card=card)
+
+    report = {
         "kind": "autoencoder",
         "output": str(request.output),
         "encoder": kept.name,
         "encoder_inside": True,
         "notes": [],
     }
+    return Conversion(report, write)
 
 
-def autoencoder_to_diffusers(request: Request) -> Report:
+def autoencoder_to_diffusers(request: Request) -> Conversion:
     """An autoencoder artifact to a diffusers folder. UsageError if diffusers cannot build its encoder."""
     folder, config, weights = read_artifact(request.source, "rae-decoder")
     spec: DecoderSpec = spec_of(config, "recipe", "decoder", model=DecoderSpec, where=folder)
     told: EncoderSpec = spec_of(config, "latents", "encoder", model=EncoderSpec, where=folder)
-    encoder = located(told, int(config["latents"]["image_size"]), folder)
+    encoder = located(told, int(config["latents"]["image_size"]), folder, offline=request.dry_run)
     version = request.settings.get("transformers") or installed_transformers() or PUBLISHED
     published = encoder_for_diffusers(encoder)
     numbers = version_numbers(version)
@@ -134,12 +139,14 @@ def autoencoder_to_diffusers(request: Request) -> Report:
     told_config = diffusers_config(
         spec, encoder, depth_of(published), buffers, config["recipe"].get("noise_tau") or 0.0
     )
-    with new_folder(request.output, request.force) as scratch:
+
+    def write(scratch: Path) -> None:
         save_file(contiguous(tensors), scratch / diffusers.WEIGHTS, metadata={"format": "pt"})
         (scratch / diffusers.CONFIG).write_text(json.dumps(told_config, indent=2) + "\n", encoding="utf-8")
+
     note = f"the encoder's tensors have the names of transformers {version}; other versions: --set transformers=VERSION"
     different = diffusers.OTHER_POSITIONS.format(side=encoder.tokens_side)
-    return {
+    report = {
         "kind": "autoencoder",
         "to": "diffusers",
         "output": str(request.output),
@@ -148,6 +155,7 @@ def autoencoder_to_diffusers(request: Request) -> Report:
         "transformers": version,
         "notes": [note, *([] if encoder.tokens_side == diffusers.POSITION_BASE else [different])],
     }
+    return Conversion(report, write)
 
 
 def installed_transformers() -> str | None:

@@ -3,7 +3,8 @@
 import contextlib
 import glob
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,17 @@ from raecli.store.atomic import SCRATCH, atomic_file, atomic_folder, sha256_of, 
 from raecli.store.checkpoint import CONFIG, MODEL, contiguous
 from raecli.store.statistics import STATISTICS, LatentStatistics
 from raecli.store.tensors import save_tensors
+
+Report = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """What was found in a source, all of it checked, and how it is written: nothing is before `write`."""
+
+    report: Report
+    write: Callable[[Path], None]  # into a scratch folder that is there, or to a scratch file
+    is_folder: bool = True
 
 
 def refuse_existing(path: Path, force: bool) -> None:
@@ -36,23 +48,20 @@ def begin(path: Path, force: bool) -> None:
             shutil.rmtree(left) if left.is_dir() else left.unlink(missing_ok=True)
 
 
-@contextlib.contextmanager
-def new_folder(path: Path, force: bool) -> Iterator[Path]:
-    """Yield a scratch folder that becomes `path`; one that was there is removed when the new one is whole."""
-    begin(path, force)
-    if path.is_file():
+def refuse_other_kind(path: Path, *, is_folder: bool) -> None:
+    """UsageError if a folder would replace a file, or a file a folder."""
+    if is_folder and path.is_file():
         raise UsageError(f"{path} is a file; the output is a folder")
-    with atomic_folder(path) as scratch:
-        yield scratch
+    if not is_folder and path.is_dir():
+        raise UsageError(f"{path} is a folder; the output is one file")
 
 
 @contextlib.contextmanager
-def new_file(path: Path, force: bool) -> Iterator[Path]:
-    """Yield a scratch file that becomes `path`."""
+def new_output(path: Path, force: bool, *, is_folder: bool) -> Iterator[Path]:
+    """Yield a scratch folder or file that becomes `path`; what was there is removed when the new one is whole."""
     begin(path, force)
-    if path.is_dir():
-        raise UsageError(f"{path} is a folder; the output is one file")
-    with atomic_file(path) as scratch:
+    refuse_other_kind(path, is_folder=is_folder)
+    with atomic_folder(path) if is_folder else atomic_file(path) as scratch:
         yield scratch
 
 

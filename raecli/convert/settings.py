@@ -71,3 +71,4 @@ class Request:
     statistics: str | None = None  # stat.pt, statistics.safetensors, a folder with one, or "none"
     repository: str | None = None  # of the Hugging Face hub, where the source came from
     force: bool = False
+    dry_run: bool = False  # check everything; write and download nothing

@@ -89,6 +89,13 @@ def prepare_output(job: Job, *, alone: bool) -> None:
     """Sweep the folder where nobody else is at work; check that what lies in it belongs to this very job."""
     if alone:
         sweep_scratch(job.output)
+    if not belongs_to(job):
+        check_room(job)
+        write_json(job.output / PLAN, plan_of(job))
+
+
+def belongs_to(job: Job) -> bool:
+    """Whether a cache in the output, finished or not, is of this very job. InputError if it is another one's."""
     plan, found = plan_of(job), None
     if (job.output / MANIFEST).exists():
         manifest = read_manifest(job.output)
@@ -100,9 +107,7 @@ def prepare_output(job: Job, *, alone: bool) -> None:
     if found is not None and found != plan:
         fields = "".join(f"\n  {field}" for field in differing_fields(found, plan))
         raise InputError(f"{job.output}: holds another cache; choose another folder or delete it{fields}")
-    if found is None:
-        check_room(job)
-        write_json(job.output / PLAN, plan)
+    return found is not None
 
 
 def check_room(job: Job) -> None:

@@ -59,7 +59,8 @@ def open_images(source: str | Path) -> ImageSource:
     if not one_tar and not path.is_dir():
         raise InputError(f"{path}: no such folder of images (class folders, a flat folder, or WebDataset tars)")
     tars = [path] if one_tar else sorted(file for file in path.glob("*.tar") if file.is_file())
-    loose = next((file for file in files_below(path) if file.suffix.lower() in EXTENSIONS), None) if tars else None
+    beside = files_below(path) if tars and not one_tar else iter(())
+    loose = next((file for file in beside if file.suffix.lower() in EXTENSIONS), None)
     if loose:
         raise InputError(
             f"{path}: holds tars ({tars[0].name}) and images beside them ({loose.relative_to(path)}); "
@@ -106,15 +107,24 @@ def is_utf8(name: str) -> bool:
 
 
 def files_below(root: Path) -> Iterator[Path]:
-    """All files that are not hidden, through links to folders too, none twice around a loop."""
+    """All files that are not hidden, through links to folders too, none twice around a loop.
+
+    Raises InputError for a folder that cannot be read: its images would be missing without a word.
+    """
     seen = set()
-    for folder, folders, files in os.walk(root, followlinks=True):
+    for folder, folders, files in os.walk(root, followlinks=True, onerror=refuse_folder):
         folders[:] = [name for name in folders if not name.startswith(".")]
         if (real := os.path.realpath(folder)) in seen:
             folders[:] = []
             continue
         seen.add(real)
         yield from (Path(folder) / name for name in files if not name.startswith("."))
+
+
+def refuse_folder(error: OSError) -> None:
+    """What os.walk could not list; a disk's own lost+found is nobody's images."""
+    if Path(error.filename).name != "lost+found":
+        raise InputError(f"{error.filename}: this folder cannot be read: {error.strerror}; change its permissions")
 
 
 def tar_source(path: Path, tars: list[Path]) -> ImageSource:

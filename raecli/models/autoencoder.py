@@ -5,7 +5,7 @@ from torch import Tensor, nn
 
 from raecli.models.decoder import Decoder
 from raecli.models.encoder import Encoder
-from raecli.store.statistics import VARIANCE_EPS, LatentStatistics
+from raecli.store.statistics import LatentStatistics
 
 
 class Autoencoder(nn.Module):
@@ -29,22 +29,24 @@ class Autoencoder(nn.Module):
         """Normalise by other statistics from now on: those of the cache that a diffusion model was trained on."""
         moved = statistics.to(self.pixel_mean.device)
         self.register_buffer("mean", moved.mean)
-        self.register_buffer("scale", (moved.variance + VARIANCE_EPS).sqrt())
+        self.register_buffer("variance", moved.variance)
+
+    @property
+    def statistics(self) -> LatentStatistics:
+        """What latents are normalised by, where this module is."""
+        return LatentStatistics(self.mean, self.variance)
 
     @torch.inference_mode()
     def encode(self, images: Tensor) -> Tensor:
         """Normalised latents of images; the images' side is the one that the autoencoder was trained for."""
         if self.encoder is None:
             raise RuntimeError("this autoencoder was loaded to decode only: load it with encoder=True")
-        latents = self.encoder(images)
-        centred = latents if self.mean is None else latents - self.mean
-        return centred / self.scale
+        return self.statistics.normalise(self.encoder(images))
 
     @torch.inference_mode()
     def decode(self, latents: Tensor) -> Tensor:
         """Images in [0, 1] (not rounded) of normalised latents."""
-        raw = latents * self.scale if self.mean is None else latents * self.scale + self.mean
-        return self.to_images(self.decoder(raw)).clamp(0, 1)
+        return self.to_images(self.decoder(self.statistics.denormalise(latents))).clamp(0, 1)
 
     def to_images(self, pixels: Tensor) -> Tensor:
         """The decoder's output space, the encoder's normalised pixels, to images around [0, 1], not clamped."""

@@ -129,8 +129,11 @@ def statistics_of(folder: Path) -> LatentStatistics:
     return load_statistics(folder / STATISTICS)
 
 
-def located(spec: EncoderSpec, image_size: int, folder: Path | None = None) -> EncoderSpec:
-    """The same encoder where its files are on this machine. folder: an artifact's, which may have them inside."""
+def located(spec: EncoderSpec, image_size: int, folder: Path | None = None, *, offline: bool = False) -> EncoderSpec:
+    """The same encoder where its files are on this machine. folder: an artifact's, which may have them inside.
+
+    offline: what is not here is not asked of the hub.
+    """
     if folder and spec.weights and not Path(spec.weights).is_absolute():
         path = None if spec.path is None else str((folder / spec.path).absolute())
         weights = (folder / spec.weights).absolute()
@@ -140,9 +143,11 @@ def located(spec: EncoderSpec, image_size: int, folder: Path | None = None) -> E
     elif spec.weights and Path(spec.weights).is_file():
         found = spec.model_copy(update={"weights_sha256": sha256_of(Path(spec.weights))})
     else:
-        found = resolve_encoder(spec.name, image_size=image_size, input_size=spec.input_size, layers=spec.layers)
+        found = resolve_encoder(
+            spec.name, image_size=image_size, input_size=spec.input_size, layers=spec.layers, offline=offline
+        )
     fields = differing_fields(encoder_identity(found), encoder_identity(spec))
     if fields:
         lines = "".join(f"\n  {field}" for field in fields)
-        raise InputError(f"encoder {spec.name}: not the one that this autoencoder was made with{lines}")
+        raise InputError(f"encoder {spec.name}: not the one that this was made with{lines}")
     return found

@@ -273,17 +273,6 @@ class OverfitToyRecipe(Spec):
         return self
 
 
-Recipe = (
-    EncodeCacheRecipe
-    | TrainDecoderRecipe
-    | TrainDiffusionRecipe
-    | SampleRecipe
-    | ReconstructRecipe
-    | EvaluateRecipe
-    | EvaluateReconstructionRecipe
-    | OverfitToyRecipe
-)
-
 RECIPES: dict[str, type[Spec]] = {
     "encode-cache": EncodeCacheRecipe,
     "train-decoder": TrainDecoderRecipe,

@@ -49,17 +49,19 @@ def find_shipped(name: str) -> Path:
 
 def find_recipe(name: str) -> Path:
     """The file of a recipe: an existing file, else the shipped recipe of that name."""
-    path = Path(name)
+    path, denied = Path(name), False
     try:
         if path.is_file():
             return path
         is_there, is_folder = os.path.lexists(path), path.is_dir()
-    except (OSError, ValueError):  # a name too long, or with a NUL byte
-        is_there, is_folder = False, False
+    except (OSError, ValueError) as error:  # a name too long, or with a NUL byte
+        is_there, is_folder, denied = False, False, isinstance(error, PermissionError)
     files = shipped_files()
     short = _short_name(name)
     if short in files:
         return files[short]
+    if denied:
+        raise UsageError(f"recipe {show(name, 200)} cannot be read: no permission to look into its folder")
     if is_there:
         what = "a folder; give a file in it" if is_folder else "no regular file"
         raise UsageError(f"recipe {show(name, 200)} is {what}")

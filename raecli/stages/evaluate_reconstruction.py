@@ -28,7 +28,7 @@ def run(recipe: EvaluateReconstructionRecipe, ranks: Ranks) -> None:
     )
     figures = measured(pairs, PairFigures(judges, ranks.device), whole_groups(recipe.batch_size), ranks)
     if ranks.is_main:
-        warnings = warnings_of(pairs, judges.descriptions, figures)
+        warnings = warnings_of(pairs, judges.descriptions)
         report = {
             "stage": "eval",
             "kind": "reconstruction",
@@ -59,7 +59,7 @@ def measured(pairs: PairSet, figures: PairFigures, batch_size: int, ranks: Ranks
     return figures.means(len(pairs), ranks)
 
 
-def warnings_of(pairs: PairSet, metrics: dict[str, Any], figures: dict[str, Any]) -> list[str]:
+def warnings_of(pairs: PairSet, metrics: dict[str, Any]) -> list[str]:
     """What a reader of the figures has to know."""
     warnings = []
     for name, told in metrics.items():

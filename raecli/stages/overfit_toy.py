@@ -162,7 +162,7 @@ def measure(job: Job, recipe: OverfitToyRecipe, ranks: Ranks) -> tuple[Row, Gene
         training_curve=curve,
     )
     first = job.image in (None, *recipe.images[:1]) and job.seed == recipe.seeds[0]
-    return row, picture_of(job, row, tokens, samples[:SHOWN], recipe) if first else None
+    return row, picture_of(row, tokens, samples[:SHOWN], recipe) if first else None
 
 
 def generator_of(seed: int, purpose: str, device: torch.device) -> torch.Generator:
@@ -204,7 +204,7 @@ def autoencoder_at(path: str) -> Autoencoder:
     return load_autoencoder(path)
 
 
-def picture_of(job: Job, row: Row, tokens: Tensor, samples: Tensor, recipe: OverfitToyRecipe) -> Generated:
+def picture_of(row: Row, tokens: Tensor, samples: Tensor, recipe: OverfitToyRecipe) -> Generated:
     """What the picture shows of a model: the target [N, n] and samples [SHOWN, N, n], decoded where we can."""
     if not recipe.autoencoder:
         return Generated(row, tokens, samples, None)

@@ -154,8 +154,8 @@ def share_of(step: int, recipe: TrainDecoderRecipe, ranks: Ranks) -> range:
 def latents_of(cache: LatentCache, crops: CropSource, recipe: TrainDecoderRecipe) -> dict[str, Any]:
     """What the decoder has to remember: the latents, the images it learned from, and the networks that judged it."""
     latents = latents_config(cache.manifest) | {"images_sha256": crops.source.fingerprint()}
-    if recipe.loss.perceptual != "none" and recipe.loss.perceptual_weights:
-        latents["perceptual_sha256"] = sha256_of(Path(recipe.loss.perceptual_weights))
+    if perceptual := perceptual_file(recipe):
+        latents["perceptual_sha256"] = sha256_of(perceptual)
     if recipe.adversarial:
         latents["discriminator_sha256"] = sha256_of(find_backbone(recipe.adversarial.backbone))
     return latents
@@ -209,12 +209,18 @@ def learner_of(model: Any, recipe: TrainDecoderRecipe, cache: LatentCache, ranks
 
 def perceptual_network(recipe: TrainDecoderRecipe) -> nn.Module | None:
     """The network behind the perceptual term, frozen."""
+    file = perceptual_file(recipe)
+    if file is None:
+        return None
+    return load_lpips(file) if recipe.loss.perceptual == "lpips" else load_classifier(file)
+
+
+def perceptual_file(recipe: TrainDecoderRecipe) -> Path | None:
+    """Its weights: as told, else for LPIPS those in torch hub's cache; None without a perceptual term."""
     loss = recipe.loss
     if loss.perceptual == "lpips":
-        return load_lpips(locate_vgg(loss.perceptual_weights, "loss.perceptual_weights"))
-    if loss.perceptual == "features" and loss.perceptual_weights:
-        return load_classifier(Path(loss.perceptual_weights))
-    return None
+        return locate_vgg(loss.perceptual_weights, "loss.perceptual_weights")
+    return Path(loss.perceptual_weights) if loss.perceptual == "features" and loss.perceptual_weights else None
 
 
 def set_rates(state: State, total: int, samples: int, recipe: TrainDecoderRecipe) -> dict[str, float]:

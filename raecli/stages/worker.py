@@ -55,7 +55,7 @@ def work(recipe_file: str, timeout_seconds: float) -> int:
 
 def ended(stage: Callable[[], None]) -> int:
     """Run something; its exit code, after saying on stderr what went wrong."""
-    from raecli.store.atomic import storage_error
+    from raecli.store.atomic import told_error
     from raecli.training.distributed import ToldElsewhere
 
     try:
@@ -65,7 +65,8 @@ def ended(stage: Callable[[], None]) -> int:
     except RaeError as error:
         return tell(f"error: {error}", error.exit_code)
     except OSError as error:
-        return tell(f"error: {storage_error(error)}", ExitCode.STORAGE)
+        told = told_error(error)
+        return tell(f"error: {told}", told.exit_code)
     except KeyboardInterrupt:
         return tell("error: interrupted; run the same command to go on", ExitCode.INTERRUPTED)
     except Exception as error:

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from raecli.errors import StorageError
+from raecli.errors import InputError, RaeError, StorageError
 
 SCRATCH = ".partial-"  # private names start with this, then the process
 UMASK = os.umask(0)
@@ -35,10 +35,11 @@ def atomic_file(path: Path) -> Iterator[Path]:
         scratch.replace(path)
         flush_to_disk(path.parent)
     except OSError as error:
-        error.filename = error.filename or str(path)  # a failed write does not know its file
+        name_file(error, path, scratch)
         raise
     finally:
-        scratch.unlink(missing_ok=True)
+        with contextlib.suppress(PermissionError, NotADirectoryError):  # where nothing could be made, nothing is left
+            scratch.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
@@ -46,8 +47,8 @@ def atomic_folder(path: Path) -> Iterator[Path]:
     """Yield a scratch folder; on success it becomes `path`, in place of one that is there; on failure it is gone."""
     scratch = scratch_of(path)
     shutil.rmtree(scratch, ignore_errors=True)  # of a dead process with our number
-    scratch.mkdir(parents=True)
     try:
+        scratch.mkdir(parents=True)
         yield scratch
         for path_inside in scratch.rglob("*"):
             if path_inside.is_file():
@@ -59,10 +60,16 @@ def atomic_folder(path: Path) -> Iterator[Path]:
         scratch.rename(path)
         flush_to_disk(path.parent)
     except OSError as error:
-        error.filename = error.filename or str(path)
+        name_file(error, path, scratch)
         raise
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
+
+
+def name_file(error: OSError, path: Path, scratch: Path) -> None:
+    """Have an error name the file that was asked for: a failed write knows none, a user no scratch."""
+    if error.filename is None or os.fspath(error.filename) == str(scratch):
+        error.filename = str(path)
 
 
 def remove_folder(path: Path) -> None:
@@ -105,9 +112,12 @@ def sha256_of(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def storage_error(error: OSError) -> StorageError:
-    """An operating system's refusal, in words of the user's."""
+def told_error(error: OSError) -> RaeError:
+    """An operating system's refusal, in words of the user's: InputError of what may not be read, else StorageError."""
     where = error.filename or "(unnamed file)"
+    if error.errno == errno.EACCES and error.filename and (barrier := barrier_to(Path(os.fsdecode(where)))):
+        within = "" if str(barrier) == str(where) else f" to look into {barrier}"
+        return InputError(f"{where}: cannot be read: no permission{within}; change its permissions, or name another")
     hints = {
         errno.ENOSPC: "the disk is full: free space, then run the same command again",
         errno.EDQUOT: "the disk quota is used up: free space, then run the same command again",
@@ -115,3 +125,11 @@ def storage_error(error: OSError) -> StorageError:
         errno.EROFS: "the file system is read-only: choose another output",
     }
     return StorageError(f"{where}: {hints.get(error.errno or 0, error.strerror or error)}")
+
+
+def barrier_to(path: Path) -> Path | None:
+    """What keeps this user from reading a path: a folder above it that may not be entered, or itself; or None."""
+    for folder in reversed(path.parents):
+        if not os.access(folder, os.X_OK):
+            return folder
+    return path if os.path.lexists(path) and not os.access(path, os.R_OK) else None

@@ -8,7 +8,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from raecli.store.atomic import storage_error
+from raecli.store.atomic import told_error
 from raecli.store.checkpoint import save_checkpoint
 from raecli.store.memory import copy_tensors
 from raecli.store.statistics import LatentStatistics
@@ -99,7 +99,7 @@ class CheckpointWriter:
         try:
             pending.result()
         except OSError as error:
-            raise storage_error(error) from error
+            raise told_error(error) from error
 
     def __enter__(self) -> Self:
         return self

@@ -15,6 +15,10 @@ WEIGHTS_FILE = "model.safetensors"
 PROBE_SECONDS = 4.0  # huggingface_hub itself retries for over 20 s where nobody answers
 
 
+class WeightsAbsent(UsageError):
+    """Published weights that are not on this machine, and were not to be downloaded or could not be."""
+
+
 def check_safetensors(path: Path) -> None:
     """Refuse what is missing, is another format, or is cut short."""
     from safetensors import SafetensorError, safe_open
@@ -54,23 +58,26 @@ def weights_in_folder(folder: Path) -> Path:
 def weights_from_hub(name: str, repository: str, *, offline: bool) -> Path:
     """The cached model.safetensors of a Hugging Face repository, downloaded first where the network allows.
 
-    Without weights and without network it fails in under 10 s, naming the file to bring.
+    Without weights and without network it fails in under 10 s, naming the file to bring. offline: ask no network,
+    as in a dry run.
     """
     from huggingface_hub import constants, hf_hub_download, hf_hub_url, try_to_load_from_cache
 
     cached = try_to_load_from_cache(repository, WEIGHTS_FILE)
     if isinstance(cached, str):
         return Path(cached)
-    if offline or constants.HF_HUB_OFFLINE:
-        raise UsageError(_bring(name, repository, "and this run is offline (HF_HUB_OFFLINE)"))
+    if constants.HF_HUB_OFFLINE:
+        raise WeightsAbsent(_bring(name, repository, "and this run is offline (HF_HUB_OFFLINE)"))
+    if offline:
+        raise WeightsAbsent(_bring(name, repository, "and a dry run downloads nothing"))
     if problem := probe_hub(hf_hub_url(repository, WEIGHTS_FILE)):
-        raise UsageError(_bring(name, repository, f"and the Hugging Face hub does not give them ({problem})"))
+        raise WeightsAbsent(_bring(name, repository, f"and the Hugging Face hub does not give them ({problem})"))
     try:
         return Path(hf_hub_download(repository, WEIGHTS_FILE, etag_timeout=3))
     # The hub's client raises its own errors, its HTTP library's and OSError, by version.
     except Exception as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UsageError(_bring(name, repository, f"and the download failed: {reason}")) from error
+        raise WeightsAbsent(_bring(name, repository, f"and the download failed: {reason}")) from error
 
 
 def probe_hub(url: str) -> str | None:

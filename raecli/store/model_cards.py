@@ -1,6 +1,7 @@
 """What trained models say of themselves, and whether they were made for each other. No torch: for the door."""
 
 from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -118,11 +119,12 @@ def check_guide(model: DiffusionCard, guide: DiffusionCard) -> None:
             f"guide {guide.path} knows {guide.num_classes} classes, {model.path} {model.num_classes}: "
             "one label would mean two things; train the guide on the same cache"
         )
-    if model.names and guide.names and guide.names != model.names:
-        label = next(i for i, pair in enumerate(zip(model.names, guide.names, strict=False)) if pair[0] != pair[1])
+    if model.num_classes and model.names and guide.names and guide.names != model.names:
+        pairs = enumerate(zip_longest(guide.names, model.names))  # a list may be shorter than its model's labels
+        label, (there, here) = next((label, pair) for label, pair in pairs if pair[0] != pair[1])
         raise InputError(
-            f"guide {guide.path} has other classes than {model.path}: label {label} is {guide.names[label]!r} there "
-            f"and {model.names[label]!r} here; train the guide on the same cache"
+            f"guide {guide.path} has other classes than {model.path}: label {label} is {there!r} there and {here!r} "
+            "here; train the guide on the same cache"
         )
 
 

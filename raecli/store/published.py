@@ -118,15 +118,11 @@ def download(name: str, entry: Published, output: str) -> list[Path]:
 
 def downloaded(name: str, entry: Published, file: str, output: str) -> Path:
     """One file, held against the hub's digest."""
-    from huggingface_hub import constants, hf_hub_download, hf_hub_url, try_to_load_from_cache
+    from huggingface_hub import hf_hub_download
 
-    cached = try_to_load_from_cache(entry.repository, file)
-    if isinstance(cached, str):
-        return checked(Path(cached))
-    if constants.HF_HUB_OFFLINE:
-        raise UsageError(bring(name, entry, file, output, "this run is offline (HF_HUB_OFFLINE)"))
-    if problem := probe_hub(hf_hub_url(entry.repository, file)):
-        raise UsageError(bring(name, entry, file, output, f"the Hugging Face hub does not give it ({problem})"))
+    if cached := cached_file(entry, file):
+        return cached
+    refuse_unavailable(name, entry, file, output)
     try:
         return checked(Path(hf_hub_download(entry.repository, file, etag_timeout=3)))
     except InputError:
@@ -135,6 +131,37 @@ def downloaded(name: str, entry: Published, file: str, output: str) -> Path:
     except Exception as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UsageError(bring(name, entry, file, output, f"the download failed: {reason}")) from error
+
+
+def cached_file(entry: Published, file: str) -> Path | None:
+    """A file that is in the Hugging Face cache, held against the hub's digest."""
+    from huggingface_hub import try_to_load_from_cache
+
+    cached = try_to_load_from_cache(entry.repository, file)
+    return checked(Path(cached)) if isinstance(cached, str) else None
+
+
+def refuse_unavailable(name: str, entry: Published, file: str, output: str) -> None:
+    """UsageError if this run is offline, or the hub does not give a file. Downloads nothing."""
+    from huggingface_hub import constants, hf_hub_url
+
+    if constants.HF_HUB_OFFLINE:
+        raise UsageError(bring(name, entry, file, output, "this run is offline (HF_HUB_OFFLINE)"))
+    if problem := probe_hub(hf_hub_url(entry.repository, file)):
+        raise UsageError(bring(name, entry, file, output, f"the Hugging Face hub does not give it ({problem})"))
+
+
+def download_plan(name: str, entry: Published, output: str) -> tuple[list[Path], list[str]]:
+    """Of an entry's files those that are here already, and a line on each. Errors are those of download."""
+    here, lines = [], []
+    for file in entry.files:
+        if cached := cached_file(entry, file):
+            here.append(cached)
+            lines.append(f"{file} is in the Hugging Face cache, {cached}")
+        else:
+            refuse_unavailable(name, entry, file, output)
+            lines.append(f"{file} would be downloaded from {entry.repository}")
+    return here, lines
 
 
 def checked(path: Path) -> Path:

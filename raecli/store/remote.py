@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from raecli.errors import InputError, UsageError
+from raecli.errors import InputError, StorageError, UsageError
 from raecli.store.atomic import sha256_of, write_json
 from raecli.store.json_file import read_json
 from raecli.store.lock import one_at_a_time
@@ -43,7 +43,13 @@ def local_folder(cache: str | Path) -> Path:
         manifest = stream.read()
     digest = hashlib.sha256(url.encode() + manifest).hexdigest()[:24]  # another manifest is another cache
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "rae" / "latents" / digest
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise StorageError(
+            f"{folder}: the local copy of {url} cannot be made there ({error.strerror}): set XDG_CACHE_HOME to a "
+            "folder with room"
+        ) from None
     with one_at_a_time(folder / "tables.lock"):
         for name in TABLES:  # the manifest last
             if not (folder / name).is_file():

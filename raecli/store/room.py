@@ -1,5 +1,6 @@
 """Room on a disk, asked for before work starts. No torch."""
 
+import os
 import shutil
 from pathlib import Path
 
@@ -11,7 +12,30 @@ def check_free(folder: Path, needed: int, what: str, advice: str) -> None:
 
     advice: what the user can do beside freeing space.
     """
-    there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
-    free = shutil.disk_usage(there).free
+    free = shutil.disk_usage(nearest_folder(folder)).free
     if needed > free:
         raise StorageError(f"{folder}: {needed} bytes are needed for {what}, {free} are free; free space, {advice}")
+
+
+def check_output(output: str | Path) -> None:
+    """Refuse an output that this user cannot write, before any work is done for it. Errors of check_writable."""
+    path = Path(output)
+    check_writable(path if os.path.isdir(path) else path.parent, path)  # noqa: PTH112 - is_dir() raises where it may not look
+
+
+def check_writable(folder: Path, output: Path) -> None:
+    """Refuse a folder that this user cannot write to, or cannot make: StorageError telling what is in the way."""
+    there = nearest_folder(folder)
+    within = "" if there == output else f" in {there}"
+    if not there.is_dir():
+        raise StorageError(f"{output}: cannot be written: {there} is no folder; choose another output")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise StorageError(
+            f"{output}: no permission to write{within}: choose another output, or change its permissions"
+        )
+
+
+def nearest_folder(path: Path) -> Path:
+    """What is there of a path that may be yet to be made."""
+    candidates = [path, *path.parents, path.absolute(), *path.absolute().parents]
+    return next(there for there in candidates if os.path.exists(there))  # noqa: PTH110 - exists() raises, see above

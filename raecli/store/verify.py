@@ -23,6 +23,14 @@ def shard_problems(folder: Path, manifest: Manifest, layout: "ShardLayout", *, f
 
 def shard_problem(path: Path, record: ShardRecord, layout: "ShardLayout", *, fast: bool) -> str | None:
     """What is wrong with a shard, in a few words; None if nothing is."""
+    try:
+        return problem_of(path, record, layout, fast=fast)
+    except OSError as error:  # no permission, or a bad sector: the other shards are still looked at
+        return f"cannot be read: {error.strerror}"
+
+
+def problem_of(path: Path, record: ShardRecord, layout: "ShardLayout", *, fast: bool) -> str | None:
+    """The same, of a shard that can be read."""
     if not path.is_file():
         return "missing"
     size = path.stat().st_size

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from raecli.errors import ExitCode, RaeError, UsageError, WorkerError
-from raecli.store.atomic import storage_error
+from raecli.store.atomic import told_error
 from raecli.store.lock import hold_folder
 
 
@@ -70,7 +70,7 @@ class Ranks:
             try:
                 result = work()
             except OSError as error:
-                failure = storage_error(error)
+                failure = told_error(error)
             except RaeError as error:
                 failure = error
         verdict = (result, None) if failure is None else (None, (int(failure.exit_code), str(failure)))

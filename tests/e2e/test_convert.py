@@ -1,7 +1,9 @@
 """`rae convert` and `rae fetch` from outside: released files to images, refusals, and no network."""
 
+import http.server
 import json
 import shutil
+import threading
 import time
 from pathlib import Path
 
@@ -180,3 +182,121 @@ def test_a_cached_file_is_converted_on_arrival_and_held_against_the_hubs_digest(
     cached(tmp_path / "bad", "nyu-visionx/RAE-collections", file, released / "guide.pt", digest)
     result = rae("fetch", "dith-xl-256", "other", code=3, HF_HOME=str(tmp_path / "bad"))
     assert "its bytes are not the hub's" in result.stderr and not (tmp_path / "other").exists()
+
+
+def dry(rae, *arguments, **extra):
+    """The JSON of a dry run, and its plan."""
+    told = json.loads(rae(*arguments, "--dry-run", "--json", **extra).stdout)
+    return told, told.pop("plan")
+
+
+def test_a_dry_conversion_tells_what_the_conversion_does_and_writes_nothing(tmp_path, rae, released, converted):
+    decoder = (released / "model.pt", "--encoder", ENCODER, "--statistics", released / "stat.pt", "--set", "heads=4")
+    ways = {
+        "diffusion": (released / "stage2.pt", "--encoder", ENCODER),
+        "decoder": decoder,
+        "whole": (*decoder, "--kind", "autoencoder"),
+        "inside": (converted / "decoder", "--kind", "autoencoder"),
+        "flat.pt": (converted / "model", "--to", "official"),
+        "decoder.pt": (converted / "decoder", "--to", "official"),
+        "stat.pt": (converted / "decoder", "--to", "official", "--kind", "statistics"),
+        "statistics.safetensors": (released / "stat.pt",),
+    }
+    for output, (source, *options) in ways.items():
+        before = {path.name for path in tmp_path.iterdir()}
+        told, plan = dry(rae, "convert", source, output, *options)
+        assert {path.name for path in tmp_path.iterdir()} == before, output
+        assert plan[0] == f"{output} would be written" and plan[-1].startswith(
+            f"to run it: rae convert {source} {output}"
+        )
+        assert "--dry-run" not in plan[-1]
+        assert told == json.loads(rae("convert", source, output, *options, "--json").stdout)
+        assert (tmp_path / output).exists()
+    told = rae("convert", released / "stage2.pt", "again", "--dry-run")
+    assert "again: diffusion" in told.stdout and "plan: again would be written" in told.stderr
+    assert not (tmp_path / "again").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "told"),
+    [
+        (("SRC/model.pt", "out", "--encoder", "ENC", "--statistics", "none"), 2, "heads"),
+        (("SRC/stage2.pt", "out", "--encoder", "dinov2-bb"), 2, "did you mean dinov2-b"),
+        (("SRC/stage2.pt", "folder/file/out"), 6, "folder/file"),
+        (("SRC/stage2.pt", "folder/file", "--force"), 2, "is a file; the output is a folder"),
+        (("SRC/stat.pt", "folder", "--force"), 2, "is a folder; the output is one file"),
+        (("SRC/stage2.pt", "folder"), 2, "--force to replace it"),
+    ],
+)
+@pytest.mark.parametrize("how", [("--dry-run",), ()])
+def test_a_dry_conversion_refuses_what_the_conversion_would(tmp_path, rae, released, arguments, code, told, how):
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "file").touch()
+    words = (word.replace("SRC", str(released)).replace("ENC", str(ENCODER)) for word in arguments)
+    assert told in rae("convert", *words, *how, code=code).stderr
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["file", "folder"]
+
+
+def test_of_an_encoder_that_is_not_here_a_dry_conversion_tells(tmp_path, rae, released):
+    hub = {"HF_HOME": str(tmp_path / "hub"), "HF_HUB_OFFLINE": "0", "HF_ENDPOINT": "http://127.0.0.1:9"}
+    asked = ("convert", released / "stage2.pt", "out", "--encoder", "dinov2-b")
+    told, plan = dry(rae, *asked, **hub)
+    assert told["kind"] is None and "a dry run downloads nothing" in plan[1] and "--weights FILE" in plan[1]
+    assert "model.safetensors of the Hugging Face repository" in rae(*asked, code=2, **hub).stderr
+    assert not (tmp_path / "out").exists() and not (tmp_path / "hub").exists()
+
+
+class Hub(http.server.BaseHTTPRequestHandler):
+    """A hub that has every file, and remembers what it was asked for."""
+
+    asked: tuple[str, ...] = ()
+
+    def do_HEAD(self):
+        Hub.asked += ("HEAD",)
+        self.send_response(200)
+        self.end_headers()
+
+    def do_GET(self):
+        Hub.asked += ("GET",)
+        self.send_error(500)
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    """Its address."""
+    monkeypatch.setattr(Hub, "asked", ())
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+
+
+def test_a_dry_fetch_asks_whether_files_are_there_and_downloads_none(tmp_path, rae, released, hub):
+    there = {"HF_HOME": str(tmp_path / "hub"), "HF_HUB_OFFLINE": "0", "HF_ENDPOINT": hub, "no_proxy": "127.0.0.1"}
+    told, plan = dry(rae, "fetch", "decoder-xl-dinov2b", "out", **there)
+    assert told == {"output": "out", "kind": "decoder", "notes": []}
+    assert [line.partition(" would be ")[2] for line in plan[:3]] == [
+        "downloaded from nyu-visionx/RAE-collections",
+        "downloaded from nyu-visionx/RAE-collections",
+        "written out of them",
+    ]
+    assert plan[3] == "to run it: rae fetch decoder-xl-dinov2b out --json"
+    assert Hub.asked == ("HEAD", "HEAD")
+    gone = there | {"HF_ENDPOINT": "http://127.0.0.1:9"}
+    assert "Bring decoders/" in rae("fetch", "decoder-xl-dinov2b", "out", "--dry-run", code=2, **gone).stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_dry_fetch_of_cached_files_checks_the_conversion_too(tmp_path, rae, released):
+    from raecli.store.atomic import sha256_of
+
+    file, good = "DiTs/Dinov2/wReg_base/ImageNet256/DiTDH-XL/stage2_model.pt", {"HF_HOME": str(tmp_path / "good")}
+    digest = sha256_of(released / "stage2.pt")
+    cached(tmp_path / "good", "nyu-visionx/RAE-collections", file, released / "stage2.pt", digest)
+    told, plan = dry(rae, "fetch", "dith-xl-256", **good)
+    assert file in plan[0] and "is in the Hugging Face cache" in plan[0] and "would be written" in plan[1]
+    assert not (tmp_path / "artifacts").exists()
+    assert told == json.loads(rae("fetch", "dith-xl-256", "--json", **good).stdout)

@@ -1,5 +1,6 @@
 """Streams that are full, closed or cut, in the plainest of locales: a verb ends with its own exit code."""
 
+import os
 import subprocess
 import sys
 
@@ -40,3 +41,27 @@ def test_a_training_whose_stdout_is_full_saves_everything_and_says_so(tmp_path, 
     assert result.returncode == FULL and "Traceback" not in result.stderr, result.stderr
     assert "standard output: the disk is full" in result.stderr
     assert (tmp_path / "run" / "final" / "model.safetensors").is_file()
+
+
+@pytest.mark.parametrize("utf8", ["0", "1"])
+@pytest.mark.parametrize("verb", [*VERBS, "flops dith_s --nonsens\u00e9"])
+def test_a_stderr_that_nobody_reads_changes_no_code(tmp_path, verb, utf8):
+    """Without UTF-8 mode the streams are ASCII, and typer would write to them in its own way."""
+    wanted, plain = VERBS.get(verb, 2), environment(LC_ALL="C", PYTHONUTF8=utf8, PYTHONCOERCECLOCALE="0")
+    command = [sys.executable, "-m", "raecli", *verb.split()]
+    reader, writer = os.pipe()
+    os.close(reader)
+    unread = subprocess.run(command, cwd=tmp_path, env=plain, stdout=subprocess.DEVNULL, stderr=writer, timeout=60)
+    os.close(writer)
+    closed = subprocess.run(["bash", "-c", '"$@" 2>&-', "bash", *command], cwd=tmp_path, env=plain, timeout=60)
+    assert (unread.returncode, closed.returncode) == (wanted, wanted)
+
+
+def test_a_result_that_nobody_reads_is_no_failure_in_an_ascii_locale(tmp_path):
+    plain = environment(LC_ALL="C", PYTHONUTF8="0", PYTHONCOERCECLOCALE="0")
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, "-m", "raecli", "recipes", "ls"]
+    done = subprocess.run(command, cwd=tmp_path, env=plain, stdout=writer, stderr=subprocess.PIPE, timeout=60)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (0, b"")

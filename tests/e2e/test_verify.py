@@ -80,3 +80,60 @@ def test_bad_shards_end_with_3_and_are_repaired_to_the_byte(copied, cache, image
     told = rae("verify", "cache", "--repair", "--source", images, "--json")
     assert sorted(json.loads(told.stdout)["problems"]) == ["shard-000000.tar", "shard-000002.tar"]
     assert tree(folder) == tree(cache)
+
+
+def test_a_dry_repair_tells_what_it_would_make_and_changes_nothing(copied, cache, images, rae, tmp_path):
+    folder, _, layout = copied
+    repair = ("verify", "cache", "--repair", "--source", images)
+    assert "--repair" in rae("verify", "cache", "--dry-run", code=2).stderr
+    assert "--devices is 0" in rae(*repair, "--dry-run", "--devices", "0", code=2).stderr
+    assert json.loads(rae(*repair, "--dry-run", "--json").stdout)["plan"] == ["nothing to repair"]
+    damage(folder / "shard-000001.tar", "flipped bit", layout)
+    (folder / "index.safetensors").unlink()
+    before = tree(folder)
+    told = rae(*repair, "--dry-run")
+    assert "shard-000001.tar: its bytes changed" in told.stderr and "index.safetensors: missing" in told.stderr
+    assert (
+        f"to run it: rae verify cache --repair --source {images}\n" in told.stderr
+        and "stage: encode-cache" in told.stdout
+    )
+    told = json.loads(rae(*repair, "--dry-run", "--json").stdout)
+    assert sorted(told) == ["cache", "plan", "problems", "recipe", "shards"]
+    assert sorted(told["problems"]) == ["index.safetensors", "shard-000001.tar"]
+    assert told["recipe"]["output"] == "cache" and told["plan"][-1].startswith("to run it: ")
+    assert tree(folder) == before and sorted(path.name for path in tmp_path.iterdir()) == ["cache"]
+    rae(*repair)
+    assert tree(folder) == tree(cache)
+
+
+def test_a_dry_repair_refuses_what_the_repair_would(copied, images, rae, tmp_path):
+    folder, _, layout = copied
+    damage(folder / "shard-000001.tar", "flipped bit", layout)
+    shutil.copytree(images, tmp_path / "fewer")
+    next((tmp_path / "fewer").rglob("*.png")).unlink()
+    before = tree(folder)
+    for dry in ((), ("--dry-run",)):
+        told = rae("verify", "cache", "--repair", "--source", "fewer", *dry, code=3).stderr
+        assert "source_sha256" in told and tree(folder) == before
+        rae("verify", "cache", "--repair", "--source", "absent", *dry, code=3)
+    other = json.loads((folder / "manifest.json").read_text())
+    other["encoder"]["weights_sha256"] = "0" * 64
+    (folder / "manifest.json").write_text(json.dumps(other))
+    before = tree(folder)
+    for dry in ((), ("--dry-run",)):
+        told = rae("verify", "cache", "--repair", "--source", images, *dry, code=3).stderr
+        assert "encoder digits-mae" in told and "weights_sha256" in told and tree(folder) == before
+
+
+def test_a_cache_from_another_machine_is_repaired_by_its_encoders_name(copied, cache, images, rae):
+    folder, _, layout = copied
+    manifest = json.loads((folder / "manifest.json").read_text())
+    for key in ("path", "weights"):
+        manifest["encoder"][key] = manifest["encoder"][key].replace("/raecli/", "/elsewhere/")
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    damage(folder / "shard-000001.tar", "flipped bit", layout)
+    rae("verify", "cache", "--repair", "--source", images)
+    whole = tree(folder)
+    assert {name: whole[name] for name in whole if name != "manifest.json"} == {
+        name: digest for name, digest in tree(cache).items() if name != "manifest.json"
+    }

@@ -283,7 +283,8 @@ def test_a_decoder_without_encoder_or_statistics_is_asked_for_them(tmp_path):
 def test_statistics_none_leave_latents_alone(tmp_path):
     convert(decoder_request(tmp_path, VECTORS / "decoder_dinov2.pt", statistics="none"))
     autoencoder = raecli.load_autoencoder(tmp_path / "ours")
-    assert torch.equal(autoencoder.scale, torch.ones_like(autoencoder.scale)) and autoencoder.mean is None
+    latents = torch.randn(2, 64, 16, 16)
+    assert torch.equal(autoencoder.statistics.denormalise(latents), latents) and autoencoder.mean is None
 
 
 def test_kind_autoencoder_keeps_the_encoder_inside(tmp_path):

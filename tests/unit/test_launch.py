@@ -13,9 +13,11 @@ import time
 
 import pytest
 
-from raecli.errors import ExitCode, UsageError
-from raecli.launch import error_of_workers, exit_codes, joined_environment
+from raecli.errors import ExitCode, StorageError, UsageError
+from raecli.launch import LaunchOptions, error_of_workers, exit_codes, joined_environment, start
 from raecli.launch_folder import HOST, PREFIX, launch_folder, opened_folder, sweep_folders, this_host
+from raecli.recipe.load import load_recipe
+from raecli.recipe.recipes import TrainDiffusionRecipe
 from raecli.stages.worker import EXIT_CODES, work
 from raecli.store.lock import locked
 from raecli.store.run_folder import environment
@@ -123,3 +125,14 @@ def test_a_runs_environment_tells_what_the_user_typed(monkeypatch):
     assert environment()["command"] == ["rae", "train-diffusion", "a recipe", "x=1"]
     monkeypatch.delenv("RAE_COMMAND")
     assert environment()["command"] == sys.argv
+
+
+def test_who_writes_first_alone_has_to_be_able_to(tmp_path, capsys):
+    """The output may be a disk of node 0's own: its other nodes are not asked."""
+    (tmp_path / "file").touch()
+    recipe = load_recipe(TrainDiffusionRecipe, "digits/diffusion", [f"output={tmp_path}/file/run"])
+    with pytest.raises(StorageError, match="file is no folder"):
+        start("train-diffusion", recipe, LaunchOptions(nnodes=2, node_rank=0, rdzv="host:1"), dry_run=True)
+    assert capsys.readouterr().out == ""
+    start("train-diffusion", recipe, LaunchOptions(nnodes=2, node_rank=1, rdzv="host:1"), dry_run=True)
+    assert f"output: {tmp_path}/file/run" in capsys.readouterr().out

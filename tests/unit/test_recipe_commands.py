@@ -168,3 +168,13 @@ def test_validate_tells_a_program_too(capsys, tmp_path, monkeypatch):
         app(["validate", "dith_s", "bad.yaml", "--json"], standalone_mode=False)
     told = json.loads(capsys.readouterr().out)
     assert list(told["ok"]) == ["dith_s"] and len(told["problems"]) == 1 and "modle" in told["problems"][0]
+
+
+def test_show_and_cp_tell_a_program_too(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name, file in shipped_files().items():
+        told = json.loads(run(capsys, "show", name, "--json"))
+        assert told == {"file": str(file), "recipe": shipped.read_recipe(file).values}
+    told = json.loads(run(capsys, "cp", "digits/decoder", "mine.yaml", "--json"))
+    assert told == {"file": str(shipped_files()["digits/decoder"]), "output": "mine.yaml"}
+    assert (tmp_path / "mine.yaml").read_bytes() == shipped_files()["digits/decoder"].read_bytes()

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 
@@ -13,7 +14,7 @@ from raecli.recipe.recipes import SampleRecipe, TrainDecoderRecipe, TrainDiffusi
 from raecli.recipe.shipped import shipped_files
 from raecli.sampling.cost import image_cost
 from raecli.store.class_names import class_numbers
-from raecli.store.model_cards import AutoencoderCard, DiffusionCard
+from raecli.store.model_cards import AutoencoderCard, DiffusionCard, check_guide, read_diffusion_card
 from tests.conftest import environment
 from tests.unit.tiny_models import save_decoder, save_diffusion
 
@@ -97,6 +98,17 @@ def test_classifier_free_guidance_needs_a_null_label_that_was_trained(tiny, tmp_
         checked(asked(tiny, tmp_path, model="free", **options), dry_run=False)
     with pytest.raises(UsageError, match="never saw the null label"):
         checked(asked(tiny, tmp_path, model="sure", **options), dry_run=False)
+
+
+def test_names_of_classes_that_differ_in_number_alone_are_told_or_mean_nothing(tiny):
+    """A card may hold fewer names than labels; an unconditional model's are its cache's, and label nothing."""
+    model, free = (read_diffusion_card(str(tiny / name)) for name in ("model", "free"))
+    short = replace(model, classes=("apple", "banana"))
+    with pytest.raises(InputError, match="label 2 is None there and 'cherry' here"):
+        check_guide(model, short)
+    with pytest.raises(InputError, match="label 2 is 'cherry' there and None here"):
+        check_guide(short, model)
+    check_guide(replace(free, classes=("apple", "banana")), replace(free, classes=("apple", "banana", "cherry")))
 
 
 def test_a_damaged_card_of_a_model_is_no_traceback(tiny, tmp_path):
