@@ -24,9 +24,9 @@ READ_AHEAD = 4  # further batches that the system is asked to read
 Samples = tuple[np.ndarray, list[bool] | None]  # indices into a cache, and which of them mirrored
 
 
-def ahead(make: Callable[[Item], Result], items: Iterable[Item], depth: int = DEPTH) -> Iterator[Result]:
-    """make(item) for each item, in order, at most `depth` results ahead in one thread. Its exceptions come through."""
-    results: queue.Queue[Any] = queue.Queue(maxsize=depth)
+def ahead(make: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
+    """make(item) for each item, in order, at most DEPTH results ahead in one thread. Its exceptions come through."""
+    results: queue.Queue[Any] = queue.Queue(maxsize=DEPTH)
     leave = threading.Event()
 
     def put(value: Any) -> None:
@@ -67,12 +67,12 @@ class Abandoned(Exception):
 
 
 @contextlib.contextmanager
-def behind(consume: Callable[[Iterator[Item]], None], depth: int = DEPTH) -> Iterator[Callable[[Item], None]]:
+def behind(consume: Callable[[Iterator[Item]], None]) -> Iterator[Callable[[Item], None]]:
     """consume(items) in a thread of its own; yields the call that hands it an item, and waits for it at the end.
 
-    At most `depth` items wait. Its exceptions come through; if the body fails, its iterator raises Abandoned.
+    At most DEPTH items wait. Its exceptions come through; if the body fails, its iterator raises Abandoned.
     """
-    items: queue.Queue[Any] = queue.Queue(maxsize=depth)
+    items: queue.Queue[Any] = queue.Queue(maxsize=DEPTH)
     failures: list[BaseException] = []
 
     def received() -> Iterator[Item]:
@@ -125,7 +125,7 @@ def pooled(make: Callable[[Item], Result], items: Iterable[Item], workers: int) 
 class LatentFeed:
     """One rank's latents, batch after batch, in a ring of buffers that is made once: pinned where there is a GPU.
 
-    To be called in order by the thread of `ahead`, whose depth it is told. A batch is good until the next but one is
+    To be called in order by the thread of `ahead`. A batch is good until the next but one is
     taken: by then its copy to the GPU has been asked for, and its buffer waits for that copy to end.
     """
 
@@ -135,12 +135,11 @@ class LatentFeed:
         samples_of: Callable[[int], Samples],
         size: int,
         device: torch.device,
-        depth: int = DEPTH,
     ) -> None:
         self.cache, self.samples_of = cache, samples_of
         self.stream = torch.cuda.current_stream(device) if device.type == "cuda" else None
         shape = (size, *cache.layout.latent_shape)
-        count = depth + 3  # one is filled, `depth` wait, one is in use, one may still be on its way to the GPU
+        count = DEPTH + 3  # one is filled, DEPTH wait, one is in use, one may still be on its way to the GPU
         self.buffers = [host_buffer(shape, cache.dtype, pinned=self.stream is not None) for _ in range(count)]
         self.turn, self.sent = 0, None
         self.asked = -1  # the last step that was read ahead
