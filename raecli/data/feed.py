@@ -125,16 +125,12 @@ def pooled(make: Callable[[Item], Result], items: Iterable[Item], workers: int) 
 class LatentFeed:
     """One rank's latents, batch after batch, in a ring of buffers that is made once: pinned where there is a GPU.
 
-    To be called in order by the thread of `ahead`. A batch is good until the next but one is
-    taken: by then its copy to the GPU has been asked for, and its buffer waits for that copy to end.
+    To be called in order by the thread of `ahead`. A batch is good until the next but one is taken: by then its copy
+    to the GPU has been asked for, and its buffer waits for that copy to end.
     """
 
     def __init__(
-        self,
-        cache: LatentCache,
-        samples_of: Callable[[int], Samples],
-        size: int,
-        device: torch.device,
+        self, cache: LatentCache, samples_of: Callable[[int], Samples], size: int, device: torch.device
     ) -> None:
         self.cache, self.samples_of = cache, samples_of
         self.stream = torch.cuda.current_stream(device) if device.type == "cuda" else None

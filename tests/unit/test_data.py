@@ -264,7 +264,7 @@ def test_work_ahead_keeps_its_order_and_hands_on_failures():
 
 
 def test_a_reader_that_leaves_early_stops_the_thread():
-    feed = ahead(lambda x: x, iter(int, 1), depth=2)  # endless
+    feed = ahead(lambda x: x, iter(int, 1))  # endless
     assert next(feed) == 0
     feed.close()  # would hang if the thread did not notice
     with pytest.raises(StopIteration):
