@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from raecli import __version__
-from raecli.cli.options import CONTEXT, list_whole_sentences
+from raecli.cli.options import CONTEXT, Verb, list_whole_sentences
 
 VERBS = {  # each by its file in this folder, and its command or group of commands there
     "encode-cache": ("encode_cache", "encode_cache"),
@@ -53,7 +53,7 @@ def command_line(words: Iterable[str] = ()) -> typer.Typer:
         if isinstance(found, typer.Typer):
             app.add_typer(found, name=verb)
         else:
-            app.command(verb)(found)
+            app.command(verb, cls=Verb)(found)
     list_whole_sentences(app)
     return app
 

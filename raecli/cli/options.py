@@ -2,11 +2,27 @@
 
 import inspect
 import re
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+import typer.core
 
 CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 110}
+
+
+class Verb(typer.core.TyperCommand):
+    """A command that answers an unknown option with key=value, where it takes a recipe's keys so."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """As ever; typer's own click, which raises NoSuchOption, is private."""
+        try:
+            return super().parse_args(ctx, args)
+        except Exception as error:
+            takes_keys = any(parameter.name == "overrides" for parameter in self.params)
+            if takes_keys and hasattr(error, "option_name") and not getattr(error, "possibilities", True):
+                key = error.option_name.lstrip("-").replace("-", "_")
+                error.message += f" (a recipe's value is changed as {key}=VALUE)"  # type: ignore[attr-defined]
+            raise
 
 
 def list_whole_sentences(app: typer.Typer) -> None:
@@ -28,5 +44,6 @@ DryRunOpt = Annotated[bool, typer.Option("--dry-run", help="Check everything, pr
 DryOpt = Annotated[bool, typer.Option("--dry-run", help="Check everything, print the plan, write nothing.")]
 JsonOpt = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")]
 OverridesArg = Annotated[
-    list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Recipe values to change: model.depth=12 steps ...")
+    list[str] | None,
+    typer.Argument(metavar="[KEY=VALUE]...", help='Recipe values to change: model.depth=12 "duration=20 steps"'),
 ]

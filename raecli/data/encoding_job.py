@@ -104,7 +104,9 @@ def belongs_to(job: Job) -> bool:
         found = identity | {key: getattr(manifest, key) for key in plan if not key.startswith("encoder.")}
     elif (job.output / PLAN).exists():
         found = read_json(job.output / PLAN)
-        if found != plan and found | {"on_bad_image": "skip"} == plan:  # what --on-bad-image fail finished left none out
+        if (
+            found != plan and found | {"on_bad_image": "skip"} == plan
+        ):  # what --on-bad-image fail finished left none out
             write_json(job.output / PLAN, plan)
             found = plan
     if found is not None and found != plan:

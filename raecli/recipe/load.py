@@ -87,7 +87,7 @@ def apply_overrides(values: dict[str, Value], overrides: Sequence[str]) -> tuple
         path = tuple(part.strip() for part in key.split("."))
         try:
             if not equals or not all(path):
-                raise ValueError("an override reads key=value or block.key=value")
+                raise ValueError('an override reads key=value or block.key=value; with a space, "duration=20 steps"')
             _set(values, path, parse_value(text))
         except ValueError as error:
             problems.append(Problem(str(error), path, override=override))

@@ -13,6 +13,19 @@ from raecli.recipe.strict_yaml import KeyPath, Problem, describe, show
 
 MAX_SHOWN = 100  # problems in one message
 MAX_KEY = 64  # characters of an unknown key that are compared with the known ones
+ELSEWHERE = {  # other programs' words for our keys
+    "lr": "learning_rate",
+    "wd": "weight_decay",
+    "bs": "batch_size",
+    "steps": "duration",
+    "max_steps": "duration",
+    "epochs": "duration",
+    "num_epochs": "duration",
+    "out": "output",
+    "output_dir": "output",
+    "dtype": "precision",
+    "grad_clip": "clip_norm",
+}
 
 
 @dataclass(frozen=True)
@@ -94,6 +107,8 @@ def nearest_key(path: KeyPath, known: list[KeyPath]) -> KeyPath | None:
     name = str(path[-1])[:MAX_KEY].replace("-", "_").lower()
     here = {str(p[-1]): p for p in known if p[:-1] == path[:-1]}
     anywhere = {str(p[-1]): p for p in reversed(known)}
+    if name not in here:
+        name = ELSEWHERE.get(name, name)
     if name not in here and name in anywhere:
         return anywhere[name]
     for names in (here, anywhere):

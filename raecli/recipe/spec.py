@@ -4,7 +4,7 @@ import math
 import re
 from typing import Annotated, Any
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator
 
 DURATION = re.compile(r"([1-9][0-9]{0,11}|0|[0-9]{0,9}\.[0-9]{1,9}) (epochs?|steps?)")
 
@@ -37,14 +37,15 @@ def is_text(text: str) -> bool:
     return True
 
 
-def check_duration(text: str) -> str:
-    """Refuse anything but "40 epochs" or "1500 steps"."""
-    if not DURATION.fullmatch(text):
+def check_duration(value: Any) -> Any:
+    """Refuse anything but "40 epochs" or "1500 steps"; a bare number is told what it lacks, not that it is no text."""
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if is_number or (isinstance(value, str) and not DURATION.fullmatch(value)):
         raise ValueError('a duration reads like "40 epochs" or "1500 steps"')
-    return text
+    return value
 
 
-Duration = Annotated[str, AfterValidator(check_duration)]
+Duration = Annotated[str, BeforeValidator(check_duration)]
 Probability = Annotated[float, Field(ge=0.0, le=1.0, allow_inf_nan=False)]
 Positive = Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
 NonNegative = Annotated[float, Field(ge=0.0, allow_inf_nan=False)]

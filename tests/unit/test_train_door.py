@@ -52,6 +52,13 @@ def test_a_missing_network_is_refused(overrides, said):
         check_networks(recipe_of(*overrides), False)
 
 
+def test_an_unknown_option_is_answered_with_the_form_of_a_recipes_key(rae):
+    said = rae("train-diffusion", "dith_s", "--batch-size", "4", code=2).stderr
+    assert "No such option: --batch-size (a recipe's value is changed as batch_size=VALUE)" in said
+    assert "VALUE)" not in rae("train-diffusion", "dith_s", "--device", "4", code=2).stderr  # --devices is meant
+    assert "VALUE)" not in rae("inspect", "runs", "--batch-size", "4", code=2).stderr  # it takes no keys
+
+
 def test_what_is_there_or_not_asked_for_passes(tmp_path, capsys):
     for name in ("vgg.pth", "dino.safetensors"):
         (tmp_path / name).write_bytes(b"x")
