@@ -37,7 +37,11 @@ th { font-weight: 600; white-space: nowrap; } img { max-width: 100%; height: aut
 figure { margin: 1rem 0; }
 .past { display: grid; grid-template-columns: repeat(auto-fill, minmax(9rem, 1fr)); gap: 1rem; }
 .past figure { margin: 0; } pre { overflow-x: auto; font-size: .85rem; }
-@media print { body { max-width: none; } nav { display: none; } figure, tr { break-inside: avoid; } }
+@media print {
+  body { max-width: none; padding: 0; } nav, .top { display: none; } img { max-height: 22cm; }
+  h2, h3, summary { break-after: avoid; } figure, .scroll { break-inside: avoid; }
+  details::details-content { content-visibility: visible; block-size: auto; } pre { columns: 2; white-space: pre-wrap; }
+}
 """
 
 
@@ -70,7 +74,7 @@ def document(runs: Sequence[str], samples: Sequence[str] = (), evaluations: Sequ
         '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         f"<title>{title}</title><style>{STYLE}</style></head>"
-        f'<body id="top"><h1>{title}</h1><nav>{links}</nav>{body}<p><a href="#top">To the top</a></p></body></html>\n'
+        f'<body id="top"><h1>{title}</h1><nav>{links}</nav>{body}<p class="top"><a href="#top">To the top</a></p></body></html>\n'
     )
 
 
