@@ -3,7 +3,7 @@
 import math
 import os
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from raecli.store.atomic import sha256_of
 from raecli.store.foreign import ARRAYS
 from raecli.store.json_file import read_json
 from raecli.store.manifest import MANIFEST, read_manifest
+from raecli.store.room import bytes_told
 from raecli.store.run_folder import read_metrics
 
 PICTURES = {"grid.png", "sheet.png", "trajectory.png", "sweep.png"}  # of many samples, beside them
@@ -38,6 +39,13 @@ def inspect(path: Path, *, fast: bool = False) -> Finding:
         return inspect_file(path)
     if not path.is_dir():
         raise InputError(f"{path}: no such file or folder")
+    if look := look_of(path):
+        return look(path, fast)
+    return folder(path, fast)
+
+
+def look_of(path: Path) -> Callable[[Path, bool], Finding] | None:
+    """Who looks at a folder of this kind; None if it is nothing of rae's."""
     kinds: dict[str, Callable[[Path, bool], Finding]] = {
         MANIFEST: cache,
         "plan.json": unfinished_cache,
@@ -49,12 +57,30 @@ def inspect(path: Path, *, fast: bool = False) -> Finding:
         "recipe.yaml": run,
         "config.json": model,
     }
-    for name, look in kinds.items():
-        if (path / name).is_file():
-            return look(path, fast)
-    raise InputError(
-        f"{path}: no cache ({MANIFEST}), run (recipe.yaml), model (config.json) or samples (samples.json) of rae's"
-    )
+    return next((look for name, look in kinds.items() if (path / name).is_file()), None)
+
+
+def folder(path: Path, fast: bool) -> Finding:
+    """A folder of such folders, each looked at. Raises InputError if there are none."""
+    with os.scandir(path) as entries:
+        within = sorted(entry.name for entry in entries if entry.is_dir())
+    finding, held = Finding("folder"), {}
+    for name in within:
+        if not (look := look_of(path / name)):
+            continue
+        try:
+            found = look(path / name, fast)
+        except RaeError as error:
+            found = Finding("cannot be read", {}, [str(error)])
+        held[name] = f"{found.kind}, {'whole' if found.is_whole else 'NOT whole'}"
+        finding.problems += [f"{name}: {problem}" for problem in found.problems]
+    if not held:
+        raise InputError(
+            f"{path}: no cache ({MANIFEST}), run (recipe.yaml), model (config.json) or samples (samples.json) "
+            "of rae's, nor a folder of them"
+        )
+    finding.facts["holds"] = held
+    return finding
 
 
 def cache(path: Path, fast: bool) -> Finding:
@@ -67,9 +93,10 @@ def cache(path: Path, fast: bool) -> Finding:
             "samples": manifest.samples,
             "latents": f"{list(manifest.latent_shape)} {manifest.dtype}, views {manifest.views}",
             "classes": len(manifest.classes),
+            **({"class_names": first_of(manifest.classes)} if manifest.classes else {}),
             "encoder": f"{encoder.name}, layers {encoder.layers}, sha256 {str(encoder.weights_sha256)[:12]}",
             "images": f"{manifest.image_size} px, {manifest.preprocess}, {len(manifest.skipped)} skipped",
-            "shards": f"{len(manifest.shards)}, {sum(shard.bytes for shard in manifest.shards) / 1e9:.3f} GB",
+            "shards": f"{len(manifest.shards)}, {bytes_told(sum(shard.bytes for shard in manifest.shards))}",
         },
     )
     for shard in manifest.shards:
@@ -80,13 +107,19 @@ def cache(path: Path, fast: bool) -> Finding:
     return finding
 
 
+def first_of(names: Sequence[str], most: int = 12) -> str:
+    """Names, or the first of many."""
+    return ", ".join(names[:most]) + (", ..." if len(names) > most else "")
+
+
 def unfinished_cache(path: Path, fast: bool) -> Finding:
     """A cache in the making: what its plan says, and how many shards are done."""
     plan = read_json(path / "plan.json")
     done = len(list(path.glob("shard-*.json")))
     facts = {key: plan.get(key) for key in ("image_size", "dtype", "views", "samples_per_shard")}
-    problem = f"not finished, {done} shards are done: run the same rae encode-cache again"
-    return Finding("latent cache in the making", {"encoder": plan.get("encoder.family"), **facts}, [problem])
+    problem = f"not finished, shards done: {done}; run the same rae encode-cache again"
+    encoder = plan.get("encoder.architecture") or plan.get("encoder.family")
+    return Finding("latent cache in the making", {"encoder": encoder, **facts}, [problem])
 
 
 def run(path: Path, fast: bool) -> Finding:
@@ -263,5 +296,6 @@ def file_problems(path: Path, size: int | None, digest: str | None) -> list[str]
 def error_of(path: str, finding: Finding) -> RaeError:
     """The error that a broken thing ends with: a model's has another exit code than data's."""
     lines = "".join(f"\n  {problem}" for problem in finding.problems)
+    noun = "problem" if len(finding.problems) == 1 else "problems"
     is_model = any(word in finding.kind for word in ("model", "decoder", "run"))
-    return (CheckpointError if is_model else InputError)(f"{path}: {len(finding.problems)} problems{lines}")
+    return (CheckpointError if is_model else InputError)(f"{path}: {len(finding.problems)} {noun}{lines}")

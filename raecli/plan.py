@@ -15,6 +15,7 @@ from raecli.recipe.recipes import (
 )
 from raecli.recipe.spec import Spec, duration_in_steps
 from raecli.store.manifest import read_manifest
+from raecli.store.room import bytes_told
 
 if TYPE_CHECKING:
     from raecli.models.flops import Macs
@@ -64,8 +65,8 @@ def cache_lines(recipe: EncodeCacheRecipe) -> list[str]:
     encoder = recipe.encoder
     layout = ShardLayout(encoder.latent_shape, recipe.dtype, VIEWS[recipe.views])
     shards = -(-count // recipe.samples_per_shard)
-    size = layout.shard_bytes(count) / 1e9
-    return [f"{count} images, latents {layout.latent_shape} in {recipe.dtype}, {shards} shards, {size:.3f} GB"]
+    size = bytes_told(layout.shard_bytes(count))
+    return [f"{count} images, latents {layout.latent_shape} in {recipe.dtype}, shards: {shards}, {size}"]
 
 
 def model_lines(recipe: TrainDiffusionRecipe | TrainDecoderRecipe) -> list[str]:

@@ -74,7 +74,8 @@ def document(runs: Sequence[str], samples: Sequence[str] = (), evaluations: Sequ
         '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         f"<title>{title}</title><style>{STYLE}</style></head>"
-        f'<body id="top"><h1>{title}</h1><nav>{links}</nav>{body}<p class="top"><a href="#top">To the top</a></p></body></html>\n'
+        f'<body id="top"><h1>{title}</h1><nav>{links}</nav>{body}'
+        '<p class="top"><a href="#top">To the top</a></p></body></html>\n'
     )
 
 

@@ -4,7 +4,7 @@ import json
 
 import typer
 
-from raecli.cli.options import JsonOpt
+from raecli.cli.options import JsonOpt, fact
 
 
 def doctor(as_json: JsonOpt = False) -> None:
@@ -24,8 +24,8 @@ def doctor(as_json: JsonOpt = False) -> None:
     if as_json:
         typer.echo(json.dumps([finding._asdict() for finding in findings], indent=2))
         return
-    width = max(len(finding.name) for finding in findings)
+    width = 2 + max(len(finding.name) for finding in findings)
     for finding in findings:
-        typer.echo(f"{'!' if finding.remark else ' '} {finding.name:<{width}}  {finding.value}")
+        typer.echo(fact(f"{'!' if finding.remark else ' '} {finding.name}", finding.value, width))
         if finding.remark:
-            typer.echo(f"  {'':<{width}}  -> {finding.remark}")
+            typer.echo(fact("", f"-> {finding.remark}", width))

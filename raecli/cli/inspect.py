@@ -1,18 +1,21 @@
 """`rae inspect`."""
 
 import json
+import re
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from raecli.cli.options import JsonOpt
+from raecli.cli.options import JsonOpt, fact
 
 FastOpt = Annotated[bool, typer.Option("--fast", help="Look at sizes alone, compute no digests.")]
 
 
 def inspect(
-    path: Annotated[str, typer.Argument(metavar="PATH", help="A cache, a run, a model, samples, or one file.")],
+    path: Annotated[
+        str, typer.Argument(metavar="PATH", help="A cache, run, model, samples, a folder of these, a file.")
+    ],
     fast: FastOpt = False,
     as_json: JsonOpt = False,
 ) -> None:
@@ -36,9 +39,17 @@ def inspect(
         told = {"kind": finding.kind, **finding.facts, "whole": finding.is_whole, "problems": finding.problems}
         typer.echo(json.dumps(told, indent=2, default=str))
     else:
-        width = max(map(len, finding.facts), default=0)
+        rows = finding.facts.get("holds") or {name.replace("_", " "): value for name, value in finding.facts.items()}
+        width = 2 + max(map(len, rows), default=0)
         typer.echo(f"{path}: {finding.kind}, {'whole' if finding.is_whole else 'NOT whole'}")
-        for name, value in finding.facts.items():
-            typer.echo(f"  {name.replace('_', ' '):<{width}}  {value}")
+        for name, value in rows.items():
+            typer.echo(fact(f"  {name}", shown(value), width))
     if not finding.is_whole:
         raise error_of(path, finding)
+
+
+def shown(value: object) -> str:
+    """A value for a reader: a block in one line, of a digest its beginning."""
+    if isinstance(value, dict):
+        return ", ".join(f"{key.replace('_', ' ')} {shown(inner)}" for key, inner in value.items())
+    return str(value)[:12] if re.fullmatch("[0-9a-f]{64}", str(value)) else str(value)

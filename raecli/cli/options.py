@@ -1,13 +1,32 @@
-"""What several verbs share: options, and how their help is laid out."""
+"""What several verbs share: options, and how their help and their facts are laid out."""
 
 import inspect
 import re
+import shutil
+import textwrap
 from typing import Annotated, Any
 
 import typer
 import typer.core
 
-CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 110}
+CONTEXT: dict[str, Any] = {"help_option_names": ["-h", "--help"], "max_content_width": 110}
+
+
+def fact(name: str, value: object, width: int) -> str:
+    """A name, padded to `width`, and its value, wrapped where the terminal ends; in a file, at 80 columns."""
+    columns = max(60, min(shutil.get_terminal_size().columns, CONTEXT["max_content_width"]))
+    first, rest = f"{name:<{width}}  ", " " * (width + 2)
+    return (
+        textwrap.fill(
+            str(value),
+            columns,
+            initial_indent=first,
+            subsequent_indent=rest,
+            break_long_words=False,
+            break_on_hyphens=False,
+        )
+        or first.rstrip()
+    )
 
 
 class Verb(typer.core.TyperCommand):

@@ -1,4 +1,4 @@
-"""Room on a disk, asked for before work starts. No torch."""
+"""Room on a disk: what is told of it, and asked for before work starts. No torch."""
 
 import os
 import shutil
@@ -39,3 +39,11 @@ def nearest_folder(path: Path) -> Path:
     """What is there of a path that may be yet to be made."""
     candidates = [path, *path.parents, path.absolute(), *path.absolute().parents]
     return next(there for there in candidates if os.path.exists(there))  # noqa: PTH110 - exists() raises, see above
+
+
+def bytes_told(count: int) -> str:
+    """A size as one reads it, in powers of 1000: 61 kB, 3.4 MB, 504.1 GB."""
+    for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if count >= size:
+            return f"{count / size:.1f} {unit}"
+    return f"{count} bytes"

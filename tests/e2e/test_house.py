@@ -85,6 +85,23 @@ def test_inspect_tells_a_run_its_checkpoint_and_its_model(tmp_path, rae, cache):
     assert f"{checkpoint.name}: ema.safetensors" in rae("inspect", "run", code=4).stderr
 
 
+def test_inspect_tells_what_a_folder_of_folders_holds(tmp_path, rae, cache):
+    shutil.copytree(cache, tmp_path / "made" / "a_cache")
+    (tmp_path / "made" / "a_cut_one").mkdir()
+    (tmp_path / "made" / "a_cut_one" / "manifest.json").write_text("{")
+    (tmp_path / "made" / "others").mkdir()
+    result = rae("inspect", "made", code=3)
+    assert "a_cache    latent cache, whole" in result.stdout and "others" not in result.stdout
+    assert "a_cut_one  cannot be read, NOT whole" in result.stdout and "1 problem\n  a_cut_one: " in result.stderr
+    shutil.rmtree(tmp_path / "made" / "a_cut_one")
+    assert json.loads(rae("inspect", "made", "--json").stdout)["holds"] == {"a_cache": "latent cache, whole"}
+
+
+def test_inspect_shows_blocks_and_digests_as_one_reads_them(tmp_path, rae):
+    (tmp_path / "samples.json").write_text(json.dumps({"num": 0, "model": {"sha256": "ab" * 32, "step": 7}}))
+    assert "model   sha256 abababababab, step 7\n" in rae("inspect", ".").stdout
+
+
 @pytest.mark.parametrize(
     "name, content",
     [("samples.json", "[" * 100_000), ("manifest.json", "{}"), ("config.json", "nothing"), ("samples.json", "[]")],
