@@ -77,7 +77,9 @@ def model_lines(recipe: TrainDiffusionRecipe | TrainDecoderRecipe) -> list[str]:
     from raecli.models.dit import parameter_count
 
     if not Path(recipe.cache).exists():
-        return []
+        return [
+            "parameters, memory and speed with DINOv2-B's sizes assumed: rae flops, with this recipe and its values"
+        ]
     with torch.device("meta"):
         if isinstance(recipe, TrainDiffusionRecipe):
             count = parameter_count(diffusion_of(recipe.model))
@@ -107,7 +109,10 @@ def step_lines(recipe: TrainingRecipe) -> list[str]:
         samples = len(open_images(recipe.images).items)
     steps = duration_in_steps(recipe.duration, samples, recipe.batch_size)
     seen = steps * recipe.batch_size
-    return [f"{steps} steps of {recipe.batch_size} images: {seen} of {samples}, {seen / samples:.1f} epochs"]
+    told = f"{steps} steps of {recipe.batch_size} images: {seen} out of {samples}, {seen / samples:.1f} epochs"
+    if recipe.batch_size <= samples:
+        return [told]
+    return [told, f"a step takes more images than the {samples} there are: a smaller batch_size gives more steps"]
 
 
 ASSUMED = {"in_channels": 768, "input_size": 16, "num_classes": 1000}  # DINOv2-B at 256 pixels on ImageNet
@@ -119,7 +124,11 @@ def cost_of(recipe: Spec, peak_tflops: float) -> dict[str, Any]:
         return diffusion_cost(recipe, peak_tflops)
     if isinstance(recipe, TrainDecoderRecipe):
         return decoder_cost(recipe, peak_tflops)
-    raise UsageError("flops are counted for train-diffusion and train-decoder recipes")
+    stage = recipe.to_dict()["stage"]
+    raise UsageError(
+        f"flops are counted for train-diffusion and train-decoder recipes, and this one is for {stage}; "
+        "--dry-run of rae sample tells an image's"
+    )
 
 
 def diffusion_cost(recipe: TrainDiffusionRecipe, peak_tflops: float) -> dict[str, Any]:

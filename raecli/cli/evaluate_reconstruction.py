@@ -118,4 +118,4 @@ def find_weights(metrics: tuple[str, ...], lpips: str | None, inception: str | N
         except UsageError as error:
             absent.append(str(error))
     if absent:
-        raise UsageError("\n".join([*absent, "or leave them out: --metrics psnr,ssim"]))
+        raise UsageError("\n  ".join(["files are missing", *absent, "or leave them out: --metrics psnr,ssim"]))

@@ -9,6 +9,15 @@ import typer
 from raecli.cli.options import JsonOpt, OverridesArg
 
 RecipeArg = Annotated[str, typer.Argument(metavar="RECIPE", help="A training recipe's file, or a shipped one's name.")]
+REMARKS = {  # what each figure is of; --json has the names alone
+    "paper_gflops": "multiply-adds of a forward, as the paper counts",
+    "executed_gflop_forward": "all that runs, two operations a multiply-add",
+    "executed_gflop_training": "of one image: a backward is two forwards",
+    "state_gib_a_rank": "weights, gradients, Adam, average",
+    "training_images_per_second_at_peak": "if --peak were reached",
+    "inference_images_per_second_at_peak": "forwards; a sample takes many",
+    "latents_gb_per_second_at_that_bound": "to be read from the cache",
+}
 PeakOpt = Annotated[float, typer.Option("--peak", help="TFLOP/s of the device; assumed of an H200 in bf16.")]
 
 
@@ -38,7 +47,11 @@ def flops(recipe: RecipeArg, overrides: OverridesArg = None, peak: PeakOpt = 790
 def table(cost: dict[str, Any]) -> str:
     """The figures, a line each."""
     width = max(len(name) for name in cost)
-    return "\n".join(f"{name.replace('_', ' '):<{width}}  {shown(value)}" for name, value in cost.items())
+    figures = max(len(shown(value)) for name, value in cost.items() if name in REMARKS)
+    return "\n".join(
+        f"{name.replace('_', ' '):<{width}}  {shown(value):<{figures}}  {REMARKS.get(name, '')}".rstrip()
+        for name, value in cost.items()
+    )
 
 
 def shown(value: Any) -> str:

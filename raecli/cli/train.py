@@ -13,6 +13,8 @@ if TYPE_CHECKING:
 
 RecipeArg = Annotated[str, typer.Argument(metavar="RECIPE", help="A recipe file, or the name of a shipped one.")]
 
+WITHOUT = "loss.perceptual=none trains without a perceptual loss"
+
 
 def train_decoder(
     recipe: RecipeArg,
@@ -123,7 +125,7 @@ def check_networks(recipe: "TrainDecoderRecipe", dry_run: bool) -> None:
         except UsageError as error:
             absent.append(str(error))
     if absent and not dry_run:
-        raise UsageError("\n".join(absent))
+        raise UsageError("\n  ".join(["files are missing", *absent]) if len(absent) > 1 else absent[0])
     for text in absent:
         typer.echo(f"plan: missing: {text}", err=True)
 
@@ -137,9 +139,9 @@ def networks_of(recipe: "TrainDecoderRecipe") -> list[Callable[[], object]]:
     loss, adversarial, validation = recipe.loss, recipe.adversarial, recipe.validation
     found: list[Callable[[], object]] = []
     if loss.perceptual == "lpips":
-        found.append(lambda: locate_vgg(loss.perceptual_weights, "loss.perceptual_weights"))
+        found.append(lambda: locate_vgg(loss.perceptual_weights, f"loss.perceptual_weights; {WITHOUT}"))
     if loss.perceptual == "features":
-        found.append(lambda: require_file("loss.perceptual_weights", loss.perceptual_weights))
+        found.append(lambda: require_file("loss.perceptual_weights", loss.perceptual_weights, f"; {WITHOUT}"))
     if adversarial is not None:
         found.append(lambda: find_backbone(adversarial.backbone))
     if validation is None:
@@ -154,9 +156,9 @@ def networks_of(recipe: "TrainDecoderRecipe") -> list[Callable[[], object]]:
     return found
 
 
-def require_file(key: str, path: str | None) -> None:
+def require_file(key: str, path: str | None, or_else: str = "") -> None:
     """Refuse a file that a key names and that is not there."""
     from raecli.errors import UsageError
 
     if path is None or not Path(path).is_file():
-        raise UsageError(f"{key}: {path} is not there; bring the file, or name another")
+        raise UsageError(f"{key}: {path} is not there; bring the file, or name another{or_else}")

@@ -24,6 +24,8 @@ def artifact_folder(path: str | Path) -> Path:
     for candidate in candidates:
         if (candidate / CONFIG).is_file():
             return candidate
+    if not folder.exists():
+        raise CheckpointError(f"{folder}: no such folder; give the output of rae train-diffusion or train-decoder")
     raise CheckpointError(f"{folder}: no trained model here (no final/, no checkpoints/, no {CONFIG})")
 
 

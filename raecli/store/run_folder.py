@@ -52,6 +52,8 @@ def prepare_run(run: Path, recipe: Spec, world: int) -> None:
         ]
         if differing:
             lines = "".join(f"\n  {line}" for line in differing)
+            if "duration" not in free and before.get("duration") != now["duration"]:
+                lines += "\n  the learning rate falls towards the end of a duration: a longer run starts anew"
             raise InputError(f"{run}: holds a run of another recipe; give output=ANOTHER_FOLDER, or delete it{lines}")
     write_text(path, dump_recipe(recipe))
     write_json(run / "environment.json", environment() | {"world": world})

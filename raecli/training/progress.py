@@ -51,13 +51,18 @@ class Progress:
         """One line: how far, how fast, how long still."""
         rate = (self.done - self.first) / max(time.monotonic() - self.started, 1e-9)
         left = f", {duration((self.total - self.done) / rate)} left" if rate and self.done < self.total else ""
-        text = f"{self.label}: {self.done}/{self.total} {self.unit}, {rate:.3g} {self.unit}/s{left}"
+        text = f"{self.label}: {self.done}/{self.total} {self.unit}, {told_rate(rate)} {self.unit}/s{left}"
         return f"{text}, {self.note}" if self.note else text
 
     def close(self) -> None:
         """Leave the terminal tidy."""
         if self.bar is not None:
             self.bar.close()
+
+
+def told_rate(rate: float) -> str:
+    """Three digits, and never an exponent: 0.0491, 12.6, 4,410."""
+    return f"{float(f'{rate:.3g}'):,.0f}" if rate >= 1000 else f"{rate:.3g}"
 
 
 def duration(seconds: float) -> str:

@@ -1,6 +1,7 @@
 """Counts of multiply-adds against the paper's tables and against what was executed on the released code."""
 
 import json
+import re
 
 import pytest
 import torch
@@ -103,3 +104,5 @@ def test_the_verb_counts_a_recipe(rae):
     assert large["paper_gflops"] == pytest.approx(638.83, rel=PAPER)
     decoder = rae("flops", "decoder_xl_dinov2b").stdout
     assert "415,352,704" in decoder and "7,386,245" in decoder
+    assert re.search(r"paper gflops +106\.\d\d +multiply-adds of a forward", decoder)
+    assert "this one is for sample" in rae("flops", "sample_dith_xl_256", code=2).stderr

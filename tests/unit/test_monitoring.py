@@ -226,6 +226,13 @@ def test_progress_in_a_file_is_plain_lines_with_the_time_left(monkeypatch):
     assert "\x1b" not in file.getvalue() and "\r" not in file.getvalue()
 
 
+@pytest.mark.parametrize(
+    ("rate", "told"), [(0.04912, "0.0491"), (12.58, "12.6"), (999.4, "999"), (4412.0, "4,410"), (123456.0, "123,000")]
+)
+def test_a_rate_has_three_digits_and_no_exponent(rate, told):
+    assert progressing.told_rate(rate) == told
+
+
 @pytest.mark.parametrize("columns", [100, 0])  # 0: a terminal that does not know its size
 def test_progress_on_a_terminal_is_a_bar_in_one_line(monkeypatch, columns):
     ours, theirs = os.openpty()

@@ -84,8 +84,11 @@ def test_guides_are_held_against_the_model(tiny, tmp_path):
         checked(asked(tiny, tmp_path, guide="other"), dry_run=False)
     with pytest.raises(InputError, match=r"knows 2 classes, .* 3"):
         checked(asked(tiny, tmp_path, guide="two"), dry_run=False)
-    with pytest.raises(CheckpointError, match=r"no trained model here"):
+    with pytest.raises(CheckpointError, match=r"nothing: no such folder"):
         checked(asked(tiny, tmp_path, guide="nothing"), dry_run=False)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(CheckpointError, match=r"no trained model here"):
+        checked(asked(tiny, tmp_path, guide=tmp_path / "empty"), dry_run=False)
     with pytest.raises(CheckpointError, match=r"is a .rae-decoder., expected .rae-diffusion."):
         checked(asked(tiny, tmp_path, guide="decoder"), dry_run=False)
 

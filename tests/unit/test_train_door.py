@@ -38,6 +38,7 @@ def test_every_missing_file_is_named_with_its_key_at_once(tmp_path):
     ("overrides", "said"),
     [
         ((), "vgg16-397923af.pth"),
+        ((), "^files are missing\n  LPIPS .* loss.perceptual=none trains without .*\n  the discriminator"),
         (("adversarial=null",), "loss.perceptual_weights"),
         (("loss.perceptual=none",), "fetch disc-dino-s8"),
         (("loss.perceptual=features", "loss.perceptual_weights=judge.safetensors", "adversarial=null"), "judge.safet"),
