@@ -58,4 +58,11 @@ cat $run/toy.txt
 
 step "8 of 8: figures ($((SECONDS - started)) s so far)"
 run python shell/digits/report.py $run --data $data
-printf '\nOpen %s/picture.png: real digits, their reconstructions, and generated ones.\n' "$run"
+cat <<END
+
+Open $run/picture.png: real digits, their reconstructions, and generated ones.
+To go on:  source ${RAE_VENV:-.venv}/bin/activate
+           rae inspect $run                  # what was made
+           rae report $run/diffusion         # a page about a run; needs no network
+           rae --help                        # your own images: docs/own_data.md
+END

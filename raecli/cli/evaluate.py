@@ -46,11 +46,13 @@ SamplesArg = Annotated[
 ]
 ReferenceOpt = Annotated[
     str | None,
-    typer.Option("--ref", metavar="REF", help="The same; or an ADM reference batch, or statistics (mu, sigma)."),
+    typer.Option("--ref", metavar="REF", help="As SAMPLES; or an ADM reference batch, or statistics (mu, sigma)."),
 ]
 InceptionOpt = Annotated[
     str | None,
-    typer.Option("--inception", metavar="FILE", help="Its weights [default: $RAE_INCEPTION, torch hub's cache]."),
+    typer.Option(
+        "--inception", metavar="FILE", help="Inception's weights [default: $RAE_INCEPTION, torch hub's cache]."
+    ),
 ]
 Dinov2Opt = Annotated[
     str | None,
@@ -190,7 +192,9 @@ for _name in (*EVERY, "all"):
 
 @app.command("accuracy")
 def accuracy(
-    samples: SamplesArg,
+    samples: Annotated[
+        str, typer.Argument(metavar="SAMPLES", help="Folder of rae sample, class folders, .npz with arr_0, or tars.")
+    ],
     classifier: Annotated[str, typer.Option("--classifier", metavar="FILE", help="The judge: a classifier's file.")],
     batch_size: BatchSizeOpt = 64,
     as_json: JsonOpt = False,

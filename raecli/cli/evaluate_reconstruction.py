@@ -20,16 +20,21 @@ def reconstruction(
     ],
     metrics: Annotated[str, typer.Option("--metrics", help="Some of these, with commas between.")] = METRICS,
     lpips_weights: Annotated[
-        str | None, typer.Option("--lpips-weights", metavar="FILE", help="VGG16 [default: torch hub's cache].")
+        str | None,
+        typer.Option("--lpips-weights", metavar="FILE", help="VGG16's weights [default: torch hub's cache]."),
     ] = None,
     inception: Annotated[
         str | None,
-        typer.Option("--inception", metavar="FILE", help="Its weights [default: $RAE_INCEPTION, torch hub's cache]."),
+        typer.Option(
+            "--inception", metavar="FILE", help="Inception's weights [default: $RAE_INCEPTION, torch hub's cache]."
+        ),
     ] = None,
     features: Annotated[
         str | None,
         typer.Option(
-            "--features", metavar="FILE", help="Instead: a classifier's file, or an encoder's name or folder."
+            "--features",
+            metavar="FILE",
+            help="Instead of Inception: a classifier's file, or an encoder's name or folder.",
         ),
     ] = None,
     batch_size: Annotated[int, typer.Option("--batch-size", help="Pairs read at once on a rank.", min=1)] = 64,

@@ -31,7 +31,7 @@ def flops(recipe: RecipeArg, overrides: OverridesArg = None, peak: PeakOpt = 790
 
       rae flops dith_xl
 
-      rae flops recipes/decoder_xl_dinov2b.yaml --json
+      rae flops mine.yaml model.width=768 --json
     """
     from raecli.errors import UsageError
     from raecli.plan import cost_of

@@ -31,7 +31,7 @@ def train_decoder(
 
     Examples:
 
-      rae train-decoder recipes/decoder_xl_dinov2b.yaml images=imagenet/train
+      rae train-decoder decoder_xl_dinov2b images=imagenet/train --devices 8
 
       rae train-decoder digits/decoder duration="200 steps" output=runs/short
     """
@@ -73,7 +73,7 @@ def train_diffusion(
 
     Examples:
 
-      rae train-diffusion recipes/dith_xl.yaml --devices 8
+      rae train-diffusion dith_xl --devices 8
 
       rae train-diffusion dith_s cache=latents/mine output=runs/mine
     """

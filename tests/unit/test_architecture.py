@@ -1,6 +1,7 @@
 """The house: which folder may import which (docs/architecture.md), and that the door needs no torch."""
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -146,3 +147,10 @@ def test_help_is_quick_and_needs_no_torch(verb):
             break
     # CPU seconds, as a busy machine stretches the wall's; 0.4 s is promised, 0.15 s was seen.
     assert min(seconds) < 0.4
+
+
+def test_help_lists_every_verb_the_six_stages_first(rae):
+    _, _, listed = rae("--help").stdout.partition("Commands:")
+    found = re.findall(r"^  ([a-z-]+) ", listed, re.MULTILINE)
+    assert found[:6] == ["encode-cache", "train-decoder", "train-diffusion", "sample", "eval", "overfit-toy"]
+    assert sorted(found) == sorted({verb.split()[0] for verb in VERBS if verb})
