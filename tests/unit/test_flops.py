@@ -2,6 +2,7 @@
 
 import json
 import re
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,6 +10,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from raecli.models.discriminator import Backbone, Discriminator, transformer
 from raecli.models.flops import decoder_macs, diffusion_macs, discriminator_macs, encoder_macs, head_macs
+from raecli.plan import step_lines
+from raecli.recipe.load import load_recipe
 
 GIGA = 1e9
 PAPER = 0.005  # half a percent, as the issue asks; the tables are rounded, and do not say what they leave out
@@ -106,3 +109,9 @@ def test_the_verb_counts_a_recipe(rae):
     assert "415,352,704" in decoder and "7,386,245" in decoder
     assert re.search(r"paper gflops +106\.\d\d +multiply-adds of a forward", decoder)
     assert "this one is for sample" in rae("flops", "sample_dith_xl_256", code=2).stderr
+
+
+def test_a_plan_says_where_a_step_takes_more_images_than_there_are(monkeypatch, tmp_path):
+    monkeypatch.setattr("raecli.plan.read_manifest", lambda _: SimpleNamespace(samples=60))
+    few, enough = (load_recipe(None, "dith_s", [f"cache={tmp_path}", f"batch_size={size}"]) for size in (61, 60))
+    assert "more images than the 60" in step_lines(few)[1] and len(step_lines(enough)) == 1
