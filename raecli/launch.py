@@ -159,8 +159,9 @@ def run_elastic(command: list[str], launch: LaunchOptions, folder: Path, *, cach
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import elastic_launch
 
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # the worker says what failed
-    logging.getLogger("torch.distributed.launcher").setLevel(logging.CRITICAL)
+    for name in list(logging.root.manager.loggerDict):  # each has a level of its own
+        if name.startswith(("torch.distributed.elastic", "torch.distributed.launcher")):
+            logging.getLogger(name).setLevel(logging.CRITICAL)  # the worker says what failed
     config = elastic_config(launch)
     end_if_caught()
     ends = folder / "ends"

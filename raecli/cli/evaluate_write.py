@@ -14,7 +14,9 @@ ImagesArg = Annotated[str, typer.Argument(metavar="IMAGES", help="Folder of PNG 
 OutArg = Annotated[str, typer.Argument(metavar="OUT.npz", help="The file to write.")]
 InceptionOpt = Annotated[
     str | None,
-    typer.Option("--inception", metavar="FILE", help="Inception's weights [default: $RAE_INCEPTION, torch hub's cache]."),
+    typer.Option(
+        "--inception", metavar="FILE", help="Inception's weights [default: $RAE_INCEPTION, torch hub's cache]."
+    ),
 ]
 Dinov2Opt = Annotated[
     str | None, typer.Option("--dinov2", metavar="FILE", help="ViT-L/14's weights: write what fdd needs too.")
