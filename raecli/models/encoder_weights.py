@@ -51,7 +51,9 @@ def match_keys(wanted: Iterable[str], found: Iterable[str], unused: re.Pattern[s
         if names
     ]
     if problems:
-        raise CheckpointError(f"encoder weights {where}: keys do not fit the network; " + "; ".join(problems))
+        raise CheckpointError(
+            f"encoder weights {where}: keys do not fit the network, so it is another one's file; " + "; ".join(problems)
+        )
 
 
 def load_exactly(module: nn.Module, tensors: dict[str, Tensor], where: str) -> None:

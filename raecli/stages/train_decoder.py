@@ -61,7 +61,7 @@ class State:
 
 def run(recipe: TrainDecoderRecipe, ranks: Ranks) -> None:
     """Train until the recipe's end, from where the run stands."""
-    check_batch(recipe.batch_size, ranks.world)
+    ranks.main_first(lambda: check_batch(recipe.batch_size, ranks.world))
     with ranks.holding(Path(recipe.output)):
         ranks.main_first(lambda: check_inputs(recipe))  # what is wrong with them is told once
         cache = open_cache(recipe.cache)

@@ -68,7 +68,7 @@ class Batch:
 
 def run(recipe: TrainDiffusionRecipe, ranks: Ranks) -> None:
     """Train until the recipe's end, from where the run stands."""
-    check_batch(recipe.batch_size, ranks.world)
+    ranks.main_first(lambda: check_batch(recipe.batch_size, ranks.world))
     with ranks.holding(Path(recipe.output)):
         cache = open_verified(recipe, ranks)
         total = duration_in_steps(recipe.duration, len(cache), recipe.batch_size)

@@ -63,10 +63,12 @@ def check_decoder(recipe: TrainDecoderRecipe, manifest: Manifest) -> TrainDecode
         )
     output = manifest.encoder.tokens_side * recipe.decoder.patch_size
     if output % manifest.image_size:
+        patch, rest = divmod(manifest.image_size, manifest.encoder.tokens_side)
+        advice = "the first must be a multiple of the second" if rest else f"set decoder.patch_size={patch}"
         raise InputError(
             f"decoder.patch_size {recipe.decoder.patch_size} makes images of {output} pixels out of "
             f"{manifest.encoder.tokens_side} tokens a side; the cache {recipe.cache} is of {manifest.image_size} "
-            "pixels: the first must be a multiple of the second"
+            f"pixels: {advice}"
         )
     if recipe.augmentation.crop == "random" and recipe.augmentation.resize < output:
         raise InputError(

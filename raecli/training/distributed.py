@@ -188,6 +188,7 @@ def check_batch(batch_size: int, world: int) -> None:
     if batch_size % world:
         below, divisors = batch_size - batch_size % world, [n for n in range(1, world) if batch_size % n == 0]
         near = f"{below} or {below + world}" if below else f"{world}"
+        fewer = f"--devices {divisors[-1]}" if divisors[-1] > 1 else "one rank"
         raise UsageError(
-            f"batch_size {batch_size} cannot be shared by {world} ranks; take {divisors[-1]} ranks or batch_size={near}"
+            f"batch_size {batch_size} cannot be shared by {world} ranks; take {fewer} or batch_size={near}"
         )

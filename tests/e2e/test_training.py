@@ -193,6 +193,7 @@ def test_what_a_user_gets_wrong_is_told_without_a_traceback(tmp_path, rae, cache
     for arguments, code, told in cases:
         result = rae(*arguments, code=code)
         assert told in result.stderr and "Traceback" not in result.stderr, result.stderr
+    assert result.stderr.count("7 cannot be shared by 2") == 1  # the last of them: by one rank alone
     assert not (tmp_path / "run" / "checkpoints").exists()
 
 

@@ -318,6 +318,8 @@ def test_decoders_to_512_pixels_fit_their_caches(name, image_size, tmp_path):
     manifest = manifest_of(dinov2(tmp_path, image_size), image_size)
     recipe = load_recipe(TrainDecoderRecipe, name)
     assert check_decoder(recipe, manifest) == recipe
+    with pytest.raises(InputError, match=r"set decoder\.patch_size=16"):
+        check_decoder(load_recipe(TrainDecoderRecipe, name, ["decoder.patch_size=12"]), manifest)
     small = load_recipe(TrainDecoderRecipe, name, ["augmentation.resize=384"])
     with pytest.raises(InputError, match="384 leaves no room for the decoder's 512 pixels; the paper's share is 768"):
         check_decoder(small, manifest)
