@@ -74,17 +74,18 @@ COLUMNS += ("sample error", "verdict")
 SIZES = (5, 5, 4, 5, 4, 4, 7, 11, 18, 7, 12, 0)
 
 
-def table_line(row: Row, number: int) -> str:
+def table_line(row: Row, number: int, hidden: frozenset[str] = frozenset()) -> str:
     """One row of the table. number: of its image, from 1."""
     loss = f"{row.loss:.4f} +- {row.standard_error:.5f}"
     numbers = [f"{row.bound:.4f}", f"{row.certificate:.4f}", loss, f"{row.excess:.4f}", f"{row.sample_error:.4f}"]
     sizes = [str(value) for value in (row.width, row.depth, row.channels, number, row.seed, row.output_width)]
-    return aligned((*sizes, *numbers, row.verdict))
+    return aligned((*sizes, *numbers, row.verdict), hidden)
 
 
-def aligned(cells: tuple[str, ...]) -> str:
-    """Cells to the right of their columns."""
-    return "  ".join(cell.rjust(size) for cell, size in zip(cells, SIZES, strict=True))
+def aligned(cells: tuple[str, ...], hidden: frozenset[str] = frozenset()) -> str:
+    """Cells to the right of their columns, but for the hidden ones."""
+    rows = zip(COLUMNS, cells, SIZES, strict=True)
+    return "  ".join(cell.rjust(size) for name, cell, size in rows if name not in hidden)
 
 
 def means(rows: Sequence[Row]) -> list[dict[str, float | int | None]]:

@@ -76,7 +76,7 @@ def run(recipe: OverfitToyRecipe, ranks: Ranks) -> None:
     found = []
     for job in jobs_of(recipe)[ranks.rank :: ranks.world]:
         found.append(measure(job, recipe, ranks))
-        print(table_line(found[-1][0], number_of(job, recipe)), file=screen, flush=True)
+        print(table_line(found[-1][0], number_of(job, recipe), alike(recipe)), file=screen, flush=True)
     found = in_order([pair for part in ranks.gather(found) for pair in part], jobs_of(recipe))
     if ranks.is_main:
         rows = [row for row, _ in found]
@@ -335,17 +335,27 @@ def generate(model: nn.Module, latents: Tensor, job: Job, recipe: OverfitToyReci
     return tokens_of(sample(model, noise, labels, steps=recipe.sample_steps, time_shift=recipe.time_shift)).cpu()
 
 
+def alike(recipe: OverfitToyRecipe) -> frozenset[str]:
+    """Columns of the table that would be the same in every row, or, without a head, d the same as width."""
+    told = {"depth": recipe.depths, "n": recipe.channels, "image": recipe.images, "seed": recipe.seeds}
+    return frozenset(
+        {name for name, values in told.items() if len(values) < 2} | ({"d"} if recipe.head is None else set())
+    )
+
+
 def heading(recipe: OverfitToyRecipe) -> str:
     """What is shown, and the table's first line."""
     channels = ", ".join(str(n) for n in recipe.channels)
+    depths = ", ".join(str(depth) for depth in recipe.depths)
+    same = ", which is the model's" if recipe.head is None else ""
     return "\n".join(
         [
-            f"Theorem 1 on one latent of {recipe.tokens} tokens, n = {channels} channels",
+            f"Theorem 1 on one latent of {recipe.tokens} tokens, n = {channels} channels; blocks: {depths}",
             f"latent: {latent_in_words(recipe)}",
-            "d: width of the output layer; bound: (n - d)/n; certificate: the floor under the trained output layer;",
-            f"loss: mean of {recipe.evaluation_draws} fresh draws after training; "
-            f"sample error: of {SAMPLES} samples by {recipe.sample_steps} Euler steps",
+            f"d: width of the output layer{same}; bound: (n - d)/n;",
+            f"certificate: the floor under the trained output layer; loss: mean of {recipe.evaluation_draws} draws",
+            f"after training, all fresh; sample error: of {SAMPLES} samples by {recipe.sample_steps} Euler steps",
             "",
-            aligned(COLUMNS),
+            aligned(COLUMNS, alike(recipe)),
         ]
     )
