@@ -68,9 +68,9 @@ def read_manifest(cache: str | Path) -> Manifest:
     if not folder.is_dir():
         raise InputError(f"{folder}: no such folder; make the cache with rae encode-cache --encoder E IMAGES {folder}")
     if not path.is_file():
-        begun = (folder / "plan.json").is_file()
-        advice = "again to finish it" if begun else f"to make one: rae encode-cache --encoder E {folder} latents/NAME"
-        raise InputError(f"{folder}: no {MANIFEST}, so this is no finished latent cache; run rae encode-cache {advice}")
+        if (folder / "plan.json").is_file():
+            raise InputError(f"{folder}: no finished latent cache; run the same rae encode-cache again to finish it")
+        raise InputError(f"{folder}: no latent cache (no {MANIFEST}); rae encode-cache --encoder E IMAGES OUT makes it")
     try:
         return Manifest.model_validate(tuples(read_json(path)))
     except (ValueError, RecursionError) as error:
