@@ -68,3 +68,8 @@ class Interrupted(RaeError):
     """Asked to stop by INT; the state is saved."""
 
     exit_code = ExitCode.INTERRUPTED
+
+
+def counted(count: int, noun: str) -> str:
+    """How many there are, as a message says it: 1 image, 2 images."""
+    return f"{count} {noun}{'' if count == 1 else 's'}"

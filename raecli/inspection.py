@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from raecli.errors import CheckpointError, InputError, RaeError
+from raecli.errors import CheckpointError, InputError, RaeError, counted
 from raecli.store.atomic import sha256_of
 from raecli.store.foreign import ARRAYS
 from raecli.store.json_file import read_json
@@ -296,6 +296,5 @@ def file_problems(path: Path, size: int | None, digest: str | None) -> list[str]
 def error_of(path: str, finding: Finding) -> RaeError:
     """The error that a broken thing ends with: a model's has another exit code than data's."""
     lines = "".join(f"\n  {problem}" for problem in finding.problems)
-    noun = "problem" if len(finding.problems) == 1 else "problems"
     is_model = any(word in finding.kind for word in ("model", "decoder", "run"))
-    return (CheckpointError if is_model else InputError)(f"{path}: {len(finding.problems)} {noun}{lines}")
+    return (CheckpointError if is_model else InputError)(f"{path}: {counted(len(finding.problems), 'problem')}{lines}")

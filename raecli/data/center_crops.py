@@ -9,7 +9,7 @@ from torch import Tensor
 from raecli.data.feed import pooled
 from raecli.data.images import ImageItem
 from raecli.data.preprocess import center_square, decode_pixels
-from raecli.errors import InputError
+from raecli.errors import InputError, counted
 
 
 def center_crops(items: Sequence[ImageItem], side: int, workers: int) -> Tensor:
@@ -37,5 +37,5 @@ def read_batch(items: Sequence[ImageItem], pixels_of: Callable[[ImageItem], np.n
     pixels = pooled(read, items, workers)
     bad = [str(entry) for entry in pixels if isinstance(entry, InputError)]
     if bad:
-        raise InputError(f"{len(bad)} unreadable images; mend or remove them\n  " + "\n  ".join(bad))
+        raise InputError(f"{counted(len(bad), 'unreadable image')}; mend or remove them\n  " + "\n  ".join(bad))
     return torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2)

@@ -15,7 +15,7 @@ from torch import Tensor
 from raecli.data.device_resample import GROUP_PIXELS, equals_pillow, host_pixels, squares_in_groups
 from raecli.data.images import ImageSource
 from raecli.data.preprocess import center_square
-from raecli.errors import InputError
+from raecli.errors import InputError, counted
 
 CHECK_SECONDS = 60.0  # after a bad image, how long the others are looked at for a full list
 
@@ -131,5 +131,5 @@ def bad_images(
     lines = "".join(f"\n  {name}: {reason}" for name, reason in sorted(found.items()))
     looked = f"{checked} of {len(source.items)} looked at"
     return InputError(
-        f"{source.path}: {len(found)} unreadable images ({looked}); mend them, or --on-bad-image skip{lines}"
+        f"{source.path}: {counted(len(found), 'unreadable image')} ({looked}); mend them, or --on-bad-image skip{lines}"
     )

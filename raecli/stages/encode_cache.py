@@ -30,7 +30,7 @@ from raecli.data.encoding_job import (
 )
 from raecli.data.feed import ahead, behind
 from raecli.data.images import ImageItem
-from raecli.errors import InputError, NonFiniteError
+from raecli.errors import InputError, NonFiniteError, counted
 from raecli.models.build import FrozenEncoder, encoder_of
 from raecli.recipe.recipes import EncodeCacheRecipe
 from raecli.store.atomic import atomic_file, sha256_of, write_json
@@ -87,7 +87,8 @@ def finish(job: Job, finished: Manifest | None, made: list[int]) -> None:
         remove_records(job)
     shards, skipped = len(manifest.shards), len(manifest.skipped)
     tell_result(
-        f"{job.output}: {manifest.samples} samples in {shards} shards, {skipped} images skipped",
+        f"{job.output}: {counted(manifest.samples, 'sample')} in {counted(shards, 'shard')}, "
+        f"{counted(skipped, 'image')} skipped",
         {
             "output": str(job.output),
             "finished": True,

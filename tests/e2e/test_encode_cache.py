@@ -127,7 +127,8 @@ def test_bad_images_are_all_named_or_skipped_and_counted(tmp_path, rae):
     assert all(name in result.stderr for name in bad) and "3 unreadable images" in result.stderr
     assert not (tmp_path / "cache" / "manifest.json").exists()
     rae(*ENCODE, source, "skipped", "--on-bad-image", "skip")
-    rae(*ENCODE, source, "cache", "--on-bad-image", "skip")  # as the message said, in the folder that it left behind
+    told = rae(*ENCODE, source, "cache", "--on-bad-image", "skip")  # as the message said, in the folder that it left
+    assert "cache: 22 samples in 1 shard, 3 images skipped" in told.stdout
     assert tree(tmp_path / "cache") == tree(tmp_path / "skipped")
     manifest = json.loads((tmp_path / "skipped" / "manifest.json").read_text())
     assert {entry["source"] for entry in manifest["skipped"]} == bad
