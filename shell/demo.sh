@@ -62,7 +62,7 @@ cat <<END
 
 Open $run/picture.png: real digits, their reconstructions, and generated ones.
 To go on:  source ${RAE_VENV:-.venv}/bin/activate
-           rae inspect $run                  # what was made
-           rae report $run/diffusion         # a page about a run; needs no network
-           rae --help                        # your own images: docs/own_data.md
+           rae inspect $run              # what was made
+           rae report $run/diffusion     # one page about a run
+           rae --help                            # your own images: docs/own_data.md
 END

@@ -1,8 +1,9 @@
 """`rae eval`: how near samples come to a reference, and whether they show what was asked for."""
 
+import copy
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 
 import typer
 
@@ -139,6 +140,24 @@ HELP = {
 }
 
 
+WITHOUT_EFFECT = {  # options of one metric that its help leaves out: all metrics have one signature
+    "fid": ("dinov2", "pr_precision"),
+    "sfid": ("dinov2", "features", "pr_precision"),
+    "is": ("reference", "dinov2", "features", "pr_precision"),
+    "precision-recall": ("dinov2",),
+    "kid": ("dinov2", "pr_precision"),
+    "fdd": ("inception", "features", "pr_precision"),
+}
+
+
+def hidden(annotation: Any) -> Any:
+    """The same option, not shown in the help."""
+    kind, option = get_args(annotation)
+    option = copy.copy(option)
+    option.hidden = True
+    return Annotated[kind, option]
+
+
 def measuring(name: str, metrics: tuple[str, ...]) -> Callable[..., None]:
     """The command that measures `metrics`: all of them have one signature."""
 
@@ -183,6 +202,8 @@ def measuring(name: str, metrics: tuple[str, ...]) -> Callable[..., None]:
         )
         launch(recipe, LaunchOptions(devices, nnodes, node_rank, rdzv, COLLECTIVE_SECONDS), dry_run)
 
+    for option in WITHOUT_EFFECT.get(name, ()):
+        command.__annotations__[option] = hidden(command.__annotations__[option])
     return command
 
 

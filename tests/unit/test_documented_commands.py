@@ -147,3 +147,15 @@ def plain(line: str) -> str:
         return shlex.join(shlex.split(line))
     except ValueError:
         return ""
+
+
+def test_a_metrics_help_shows_no_option_that_it_does_not_heed(capsys):
+    from raecli.cli.app import command_line
+
+    shown = {}
+    for metric in ("is", "fid", "all"):
+        command_line()(["eval", metric, "--help"], standalone_mode=False, prog_name="rae")
+        shown[metric] = set(re.findall(r"^  (--[a-z0-9-]+)", capsys.readouterr().out, re.MULTILINE))
+    assert shown["all"] - shown["is"] == {"--ref", "--dinov2", "--features", "--pr-precision"}
+    assert shown["all"] - shown["fid"] == {"--dinov2", "--pr-precision"}
+    parsed(["eval", "is", "samples.npz", "--ref", "x"])  # taken all the same, as ever
