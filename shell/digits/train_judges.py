@@ -79,7 +79,7 @@ def train_judges(data: Path, out: Path, steps: int) -> dict:
         save_classifier(out / f"{name}.safetensors", model)
         accuracy = measure_accuracy(model, test_images, test_labels)
         report["test_accuracy"][name] = accuracy
-        print(f"classifier {name}.safetensors: test accuracy {accuracy:.2%}, {time.process_time() - start:.0f} s", flush=True)
+        print(f"{name}.safetensors: test accuracy {accuracy:.2%}, {time.process_time() - start:.0f} s", flush=True)
     write_json(out / "judges.json", report)
     return report
 
