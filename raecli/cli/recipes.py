@@ -1,6 +1,9 @@
 """`rae recipes`: list, show, copy and check recipes. Touches no device and starts nothing."""
 
 import json
+import shutil
+import sys
+import textwrap
 from pathlib import Path
 from typing import Annotated
 
@@ -41,8 +44,10 @@ def list_shipped(as_json: JsonOpt = False) -> None:
         return
     name_width = max((len(row.name) for row in rows), default=0)
     stage_width = max((len(row.stage) for row in rows), default=0)
+    wide = shutil.get_terminal_size().columns if sys.stdout.isatty() else 10_000  # a line each where a program reads
     for row in rows:
-        typer.echo(f"{row.name:<{name_width}}  {row.stage:<{stage_width}}  {row.paper}")
+        line = f"{row.name:<{name_width}}  {row.stage:<{stage_width}}  {row.paper}"
+        typer.echo(textwrap.fill(line, max(wide, 80), subsequent_indent=" " * (name_width + stage_width + 4)))
 
 
 @app.command("show")

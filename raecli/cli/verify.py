@@ -38,7 +38,7 @@ def verify(
     """Hold a latent cache against its manifest: counts, bytes, digests, index and statistics."""
     import json
 
-    from raecli.errors import UsageError
+    from raecli.errors import UsageError, counted
     from raecli.launch import LaunchOptions, check_options, plan_of, start
     from raecli.store.latent_cache import cache_problems, damaged
     from raecli.store.manifest import read_manifest
@@ -70,7 +70,8 @@ def verify(
         print(json.dumps(told | ({"plan": ["nothing to repair"]} if dry_run else {})))
     else:
         how = "sizes and headers" if fast else "every byte"
-        print(f"{latents}: {manifest.samples} samples in {len(manifest.shards)} shards; {how} as written")
+        samples, shards = counted(manifest.samples, "sample"), counted(len(manifest.shards), "shard")
+        print(f"{latents}: {samples} in {shards}; {how} as written")
 
 
 @contextlib.contextmanager

@@ -49,7 +49,8 @@ def resumed_from(
             check_nothing_is_lost(run, total_steps)
             return None
         check_same_latents_as_before(found.config["latents"], latents, str(run))
-        print(f"resuming {run} at step {found.step}", file=sys.stderr)
+        last = ", its last" if found.step >= total_steps else ""
+        print(f"resuming {run} at step {found.step}{last}", file=sys.stderr)
         return str(found.path)
 
     path = ranks.main_first(look)
