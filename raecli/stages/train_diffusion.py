@@ -249,6 +249,8 @@ def make_batch(feed: LatentFeed, step: int, recipe: TrainDiffusionRecipe, ranks:
         maximum=flow.time_max,
         time_shift=flow.time_shift,
     ).float()
+    if ranks.device.type == "cuda":  # from pageable memory a copy waits for all that is queued
+        labels, t = labels.pin_memory(), t.pin_memory()
     return Batch(positions, [cache.keys[index] for index in indices], latents, labels, t)
 
 
@@ -294,7 +296,7 @@ def backward(
     latents = statistics.normalise(latents.to(torch.float32, memory_format=TOKENS))
     noise = normals(tuple(latents.shape[1:]), recipe.seed, "noise", batch.positions[part], ranks.device)
     noise = noise.contiguous(memory_format=TOKENS)
-    t, labels = batch.t[part].to(ranks.device), batch.labels[part].to(ranks.device)
+    t, labels = (values[part].to(ranks.device, non_blocking=True) for values in (batch.t, batch.labels))
     with gradients_held(forward, hold=not synchronise):
         with torch.autocast(ranks.device.type, torch.bfloat16, enabled=recipe.precision == "bf16"):
             velocity = forward(noisy_latents(latents, noise, t), t, labels)
