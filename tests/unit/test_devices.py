@@ -3,6 +3,9 @@
 Not the backward pass, whose engine asks for a real device, and not autocast, which is off without one.
 """
 
+from types import SimpleNamespace
+
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -11,6 +14,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from raecli.flow.guidance import steered_velocity
 from raecli.models.decoder import Decoder
 from raecli.models.dit import DiT, DiTDH
+from raecli.recipe.load import load_recipe
+from raecli.recipe.recipes import TrainDiffusionRecipe
+from raecli.stages.train_diffusion import make_batch
+from raecli.training.distributed import Ranks
 from raecli.training.ema import Ema
 from raecli.training.optimizer import make_optimizer, take_step
 
@@ -55,3 +62,15 @@ def test_a_decoder_stays_on_its_gpu():
         decoder = Decoder(in_channels=8, tokens_side=4, width=64, depth=2, heads=4, mlp_width=128, patch_size=4)
         pixels = decoder(torch.randn(2, 8, 4, 4))
     assert (pixels.device, tuple(pixels.shape)) == (CUDA, (2, 3, 16, 16))
+
+
+@pytest.mark.parametrize(("device", "pinned"), [("cpu", 0), ("cuda", 2)])
+def test_times_and_labels_for_a_gpu_are_pinned(device, pinned, monkeypatch):
+    sizes = ("model.in_channels=3", "model.input_size=2", "model.num_classes=10", "batch_size=4")
+    recipe, asked = load_recipe(TrainDiffusionRecipe, "digits/diffusion", sizes), []
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: asked.append(tensor) or tensor)
+    cache = SimpleNamespace(labels=torch.full((4,), 4), keys=[""] * 4)
+    feed = SimpleNamespace(cache=cache, batch=lambda step: (np.arange(4), torch.zeros(4, 1)))
+    batch = make_batch(feed, 0, recipe, Ranks(0, 1, torch.device(device)))
+    assert len(asked) == pinned
+    assert all(tensor is batch.t or tensor is batch.labels for tensor in asked)
