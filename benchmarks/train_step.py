@@ -145,12 +145,14 @@ def redrawn(model: nn.Module) -> nn.Module:
     return model
 
 
-def random_batch(recipe: TrainDiffusionRecipe) -> Batch:
-    """Latents, labels and times of a batch."""
+def random_batch(recipe: TrainDiffusionRecipe, *, pinned: bool) -> Batch:
+    """Latents, labels and times of a batch; pinned, as the feed has them on a GPU."""
     side = recipe.model.input_size
     shape = (recipe.batch_size, recipe.model.in_channels, side, side)
     latents: Tensor = torch.randn(shape, dtype=torch.bfloat16)
     labels, t = torch.randint(recipe.model.num_classes, (recipe.batch_size,)), torch.rand(recipe.batch_size)
+    if pinned:
+        latents, labels, t = latents.pin_memory(), labels.pin_memory(), t.pin_memory()
     return Batch(range(recipe.batch_size), ["random"] * recipe.batch_size, latents, labels, t)
 
 
@@ -168,7 +170,8 @@ def main() -> None:
     torch.manual_seed(0)
     ranks = Ranks(0, 1, torch.device(told.device))
     recipe = resolved_recipe(told.model, told.overrides, told.batch, told.device)
-    batch, model, code = random_batch(recipe), redrawn(diffusion_of(recipe.model)), released_code(told.peer)
+    batch = random_batch(recipe, pinned=told.device == "cuda")
+    model, code = redrawn(diffusion_of(recipe.model)), released_code(told.peer)
     theirs = released_model(code, recipe.model, model.state_dict())
     difference = largest_difference(model, theirs, batch.latents[:2].float(), batch.t[:2], batch.labels[:2])
     assert difference < 1e-5, f"outputs differ by {difference}: the two sides are not the same model"

@@ -146,8 +146,10 @@ def resampled(images: Sequence[Tensor], tables: list[np.ndarray]) -> Tensor:
 
 def sent(tables: list[np.ndarray], device: torch.device) -> list[Tensor]:
     """Tables on a device, by one transfer."""
-    together = torch.from_numpy(np.concatenate([table.ravel() for table in tables])).to(device)
-    parts = together.split([table.size for table in tables])
+    together = torch.from_numpy(np.concatenate([table.ravel() for table in tables]))
+    if device.type == "cuda":  # from pageable memory a copy waits for all that is queued
+        together = together.pin_memory()
+    parts = together.to(device, non_blocking=True).split([table.size for table in tables])
     return [part.view(table.shape) for part, table in zip(parts, tables, strict=True)]
 
 
