@@ -16,7 +16,7 @@ from raecli.convert.out_of_rae import (
     diffusion_to_release,
     statistics_to_release,
 )
-from raecli.convert.output import Conversion, Report, new_output, refuse_existing, refuse_other_kind
+from raecli.convert.output import Conversion, Report, new_output, refuse_existing, refuse_other_kind, refuse_own_source
 from raecli.convert.settings import Request
 from raecli.convert.source import kind_of, read_source
 from raecli.errors import CheckpointError, UsageError
@@ -28,6 +28,7 @@ FORMATS = {"rae-diffusion": "diffusion", "rae-decoder": "decoder"}
 def convert(request: Request) -> Report:
     """Convert; returns what was found and made. The output is whole or absent. A dry run checks, and writes nothing."""
     refuse_existing(request.output, request.force)
+    refuse_own_source(request)
     conversion = prepared(request)
     refuse_other_kind(request.output, is_folder=conversion.is_folder)
     check_writable(request.output.parent, request.output)

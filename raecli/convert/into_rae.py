@@ -5,7 +5,6 @@ from typing import Any
 
 import torch
 from pydantic import ValidationError
-from safetensors.torch import save_file
 from torch import Tensor
 
 from raecli.convert import diffusers
@@ -28,6 +27,7 @@ from raecli.store.checkpoint import contiguous
 from raecli.store.encoders import encoder_input_size, resolve_encoder
 from raecli.store.manifest import PREPROCESS
 from raecli.store.statistics import LatentStatistics
+from raecli.store.tensors import save_tensors
 
 PIXELS_A_TOKEN = 16  # of the image, whatever the encoder's patch: a patch of 14 sees an image that was made smaller
 
@@ -276,7 +276,7 @@ def autoencoder_into_rae(request: Request) -> Conversion:
         write_folder(
             folder, diffusers.encoder_config(config), dict(zip(("image_mean", "image_std"), pixels, strict=True))
         )
-        save_file(contiguous(frozen), folder / "model.safetensors", metadata={"format": "pt"})
+        save_tensors(contiguous(frozen), folder / "model.safetensors", metadata={"format": "pt"})
         encoder = resolve_encoder(str(folder), image_size=image_size, input_size=config["encoder_input_size"])
         encoder = relative(encoder.model_copy(update={"name": name}))
         told = autoencoder_config(
@@ -324,4 +324,4 @@ def discriminator_into_rae(request: Request, source: Source) -> Conversion:
         "sizes": {"width": width, "depth": depth},
         "notes": list(source.notes),
     }
-    return Conversion(report, lambda scratch: save_file(contiguous(source.weights), scratch), is_folder=False)
+    return Conversion(report, lambda scratch: save_tensors(contiguous(source.weights), scratch), is_folder=False)

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from pydantic import ValidationError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from raecli.convert import diffusers
@@ -26,6 +26,7 @@ from raecli.recipe.blocks import DecoderSpec, DiffusionModelSpec, EncoderSpec
 from raecli.store.checkpoint import EMA, MODEL, contiguous
 from raecli.store.encoder_config import read_folder_config
 from raecli.store.manifest import tuples
+from raecli.store.tensors import save_tensors
 
 # Before the vision tower's names where a larger model was saved; what an autoencoder does not have.
 TOWER = re.compile(r"^(dinov2_with_registers|dinov2|vit)\.")
@@ -141,7 +142,7 @@ def autoencoder_to_diffusers(request: Request) -> Conversion:
     )
 
     def write(scratch: Path) -> None:
-        save_file(contiguous(tensors), scratch / diffusers.WEIGHTS, metadata={"format": "pt"})
+        save_tensors(contiguous(tensors), scratch / diffusers.WEIGHTS, metadata={"format": "pt"})
         (scratch / diffusers.CONFIG).write_text(json.dumps(told_config, indent=2) + "\n", encoding="utf-8")
 
     note = f"the encoder's tensors have the names of transformers {version}; other versions: --set transformers=VERSION"

@@ -35,6 +35,12 @@ def refuse_existing(path: Path, force: bool) -> None:
         raise UsageError(f"{path} is there already; give another name, or --force to replace it")
 
 
+def refuse_own_source(request: Request) -> None:
+    """UsageError if the output would replace what is converted, or a folder around it."""
+    if request.source.resolve().is_relative_to(request.output.resolve()):
+        raise UsageError(f"{request.output} is what is converted, or holds it; give another name to write to")
+
+
 def begin(path: Path, force: bool) -> None:
     """Make way for an output: its parent folder is there, and what a killed conversion to it left is gone.
 

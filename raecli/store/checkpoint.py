@@ -68,11 +68,13 @@ def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dic
 
 
 def load_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
-    """Fill a model with whole weights, which are split as its own are. Raises RuntimeError if their names differ."""
+    """Fill a model with whole weights, which are split as its own are. CheckpointError if they are not its own kind."""
     own = model.state_dict(keep_vars=True)
-    model.load_state_dict(
-        {name: as_sharded(value, own[name]) if name in own else value for name, value in weights.items()}
-    )
+    split = {name: as_sharded(value, own[name]) if name in own else value for name, value in weights.items()}
+    try:
+        model.load_state_dict(split)
+    except RuntimeError as error:
+        raise CheckpointError(f"weights of another model than the recipe's: {error}") from None
 
 
 def load_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
@@ -80,7 +82,9 @@ def load_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, tensors: 
     parameters = dict(model.named_parameters())
     for key, value in tensors.items():
         name, _, entry = key.rpartition(":")
-        parameter = parameters[name]
+        parameter = parameters.get(name)
+        if parameter is None:
+            raise CheckpointError(f"{OPTIMIZER}: {key} is of no parameter of the recipe's model")
         optimizer.state[parameter][entry] = as_sharded(value, parameter)
 
 
@@ -158,6 +162,10 @@ def damaged_files(folder: Path, state: dict[str, Any], places: Callable[[str], n
     told = state["checksums"] if "checksums" in state else state["sha256"]
     if untold := [name for name in FILES if name not in told]:
         raise CheckpointError(f"{folder / STATE}: has no digest of {', '.join(untold)}, so nobody knows if it is whole")
+    if strange := [name for name in told if name not in FILES]:
+        raise CheckpointError(f"{folder / STATE}: tells of files that no checkpoint has: {', '.join(strange)}")
+    if absent := [name for name in FILES if not (folder / name).is_file()]:  # a pipe would never end
+        raise CheckpointError(f"{folder}: {', '.join(absent)} missing, or no regular file")
     if "checksums" in state:
         found = checksums(folder, told, places)
     else:

@@ -158,6 +158,8 @@ def header_of(key: bytes, total: int, ending: bytes, size: int) -> bytes:
     """
     template, rest = header_of_nobody(ending, size)
     length = len(key) + len(ending)
+    if not key or b"\0" in key:
+        raise ValueError(f"{key!r} is no name for a tar's member")
     if length > 100:
         raise ValueError(f"{(key + ending).decode()}: a tar's name has room for 100 characters")
     checksum = b"%06o\0 " % (total + rest)

@@ -46,10 +46,10 @@ def as_sharded(value: Tensor, like: Tensor) -> Tensor:
     return distribute_tensor(value.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
 
 
-def save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
+def save_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
     """Write tensors to a file. Raises StorageError with the path and the bytes needed if the disk refuses."""
     try:
-        save_file(tensors, path)
+        save_file(tensors, path, metadata)
     except SafetensorError as error:
         raise refused(tensors, path, error) from None
 
@@ -109,6 +109,8 @@ def read_header(path: Path) -> dict[str, tuple[torch.dtype, tuple[int, ...], int
     for before, (begin, end, name, dtype, shape) in zip(ends, told, strict=False):
         if any(type(extent) is not int or extent < 0 for extent in (begin, end, *shape)):
             raise ValueError(f"{path}: {name} has a shape or a place of no whole numbers")
+        if math.prod(max(extent, 1) for extent in shape) >= 1 << 60:  # torch counts so even where one of them is 0
+            raise ValueError(f"{path}: {name} has a shape that no tensor can have")
         if begin != before or end - begin != math.prod(shape) * dtype.itemsize:
             raise ValueError(f"{path}: {name} does not lie where it should")
     if ends[-1] != size:

@@ -39,7 +39,7 @@ def resumed_from(
     cache than before, checkpoints that cannot be used.
     """
     run, found = Path(recipe.output), None
-    into = {MODEL: model.state_dict(keep_vars=True), EMA: ema.state()}
+    into = {MODEL: model.state_dict(keep_vars=True), EMA: ema.averages}
     mapped = ranks.device.type != "cpu"  # else each rank would hold all of it in the host's memory
 
     def look() -> str | None:
@@ -48,7 +48,9 @@ def resumed_from(
         if found is None:
             check_nothing_is_lost(run, total_steps)
             return None
-        check_same_latents_as_before(found.config["latents"], latents, str(run))
+        if not isinstance(before := found.config.get("latents"), dict):
+            raise CheckpointError(f"{found.path / CONFIG}: does not tell which latents this run is of")
+        check_same_latents_as_before(before, latents, str(run))
         last = ", its last" if found.step >= total_steps else ""
         print(f"resuming {run} at step {found.step}{last}", file=sys.stderr)
         return str(found.path)

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor, nn
 
+from raecli.errors import CheckpointError
 from raecli.store.tensors import as_sharded, is_sharded, whole
 
 ALIGNMENT = 64  # elements: every weight in the flat buffer begins where vector loads like it
@@ -19,6 +20,7 @@ class Ema:
     def __init__(self, model: nn.Module, decay: float, *, ramp: bool = False) -> None:
         self.model, self.decay, self.ramp = model, decay, ramp
         parameters = dict(model.named_parameters())
+        assert len(parameters) == len(list(model.named_parameters(remove_duplicate=False))), "weights that are tied"
         if any(is_sharded(parameter) for parameter in parameters.values()):
             self.averages = {name: parameter.detach().clone() for name, parameter in parameters.items()}
             self.sources = [parameter.detach().to_local() for parameter in parameters.values()]
@@ -57,9 +59,16 @@ class Ema:
 
     @torch.no_grad()
     def load(self, weights: dict[str, Tensor]) -> None:
-        """Go on from saved averages, which are whole."""
+        """Go on from saved averages, which are whole. Raises CheckpointError where they are of another model."""
+        if wrong := [name for name, average in self.averages.items() if not alike(weights.get(name), average)]:
+            raise CheckpointError(f"averages of another model than the recipe's: {', '.join(wrong[:3])}")
         for name, average in self.averages.items():
             average.copy_(as_sharded(weights[name], average))
+
+
+def alike(value: Tensor | None, average: Tensor) -> bool:
+    """Whether a saved average is of this one's shape."""
+    return value is not None and value.shape == average.shape
 
 
 def flatten(parameters: list[nn.Parameter]) -> Tensor:

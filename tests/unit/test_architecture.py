@@ -93,6 +93,12 @@ def test_nothing_unpickles_or_runs_a_shell():
                 assert "shell=True" not in told, (path, told)
 
 
+def test_one_file_writes_safetensors_and_tells_a_full_disk():
+    files = sorted(PACKAGE.rglob("*.py"))
+    assert len(files) > 100
+    assert [path.name for path in files if " save_file(" in path.read_text()] == ["tensors.py"]
+
+
 def test_no_file_outgrows_a_reader():
     long = {path.name: count for path in PACKAGE.rglob("*.py") if (count := len(path.read_text().splitlines())) > 400}
     assert long == {}

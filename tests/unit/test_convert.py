@@ -413,3 +413,15 @@ def test_an_artifact_of_ours_takes_its_encoder_inside(tmp_path):
     images = torch.rand(1, 3, 256, 256)
     one, two = (raecli.load_autoencoder(tmp_path / name).encode(images) for name in ("ours", "whole"))
     assert torch.equal(one, two)
+
+
+@pytest.mark.parametrize("output", ["folder/model.pt", "folder", ".", "folder/../folder"])
+def test_what_is_converted_is_never_replaced_even_by_force(tmp_path, output):
+    (tmp_path / "folder").mkdir()
+    source = tmp_path / "folder" / "model.pt"
+    source.write_bytes((VECTORS / "dit_dh.pt").read_bytes())
+    for dry_run in (True, False):
+        with pytest.raises(UsageError, match="is what is converted, or holds it"):
+            convert(Request(source, tmp_path / output, force=True, dry_run=dry_run))
+    assert source.read_bytes() == (VECTORS / "dit_dh.pt").read_bytes()
+    convert(Request(source, tmp_path / "folder" / "ours", force=True))  # beside it is no harm

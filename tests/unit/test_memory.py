@@ -1,6 +1,7 @@
 """Copies between addresses: what is asked for, nothing beside it, by either way; and what reads the cache by them."""
 
 import ctypes
+import os
 
 import numpy as np
 import pytest
@@ -70,6 +71,19 @@ def test_without_a_compiler_there_is_no_library(tmp_path, monkeypatch):
     assert list((tmp_path / "cache" / "rae").iterdir()) == []  # no debris
     monkeypatch.delenv("CC")
     assert compiled.library_of.__wrapped__(source).one() == 1
+    old = tmp_path / "cache" / "rae" / "compiling-killed"
+    old.mkdir()
+    os.utime(old, (0, 0))
+    source.write_text("int one(void) { return 2; }\n")
+    monkeypatch.setenv("CC", "cc -O1")  # with its options
+    assert compiled.library_of.__wrapped__(source).one() == 2 and not old.exists()
+    monkeypatch.setenv("XDG_CACHE_HOME", "cache")  # relative: not to be followed
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    assert compiled.built(source).parent == tmp_path / "home" / ".cache" / "rae"
+    monkeypatch.setenv("CC", "'")
+    source.write_text("int one(void) { return 3; }\n")
+    assert compiled.library_of.__wrapped__(source) is None
     monkeypatch.setenv("XDG_CACHE_HOME", str(source / "no folder"))
     assert compiled.library_of.__wrapped__(source) is None
     assert isinstance(compiled.library_of(memory.SOURCE), ctypes.CDLL)

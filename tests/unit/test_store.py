@@ -276,6 +276,23 @@ def test_a_checkpoint_whose_state_leaves_files_out_is_refused(tmp_path, trained,
         read_checkpoint(folder)
 
 
+def test_a_checkpoint_that_tells_of_other_files_or_has_a_pipe_among_its_own_is_refused_at_once(tmp_path, trained):
+    folder = save(tmp_path, 1, *trained)
+    os.mkfifo(tmp_path / "pipe")
+    told = json.loads((folder / "state.json").read_text())
+    del told["seal"]
+    told["checksums"]["../../pipe"] = "0"
+    write_json(folder / "state.json", told)
+    with pytest.raises(CheckpointError, match=r"no checkpoint has: \.\./\.\./pipe"):
+        read_checkpoint(folder)
+    del told["checksums"]["../../pipe"]
+    write_json(folder / "state.json", told)
+    (folder / "ema.safetensors").unlink()
+    os.mkfifo(folder / "ema.safetensors")
+    with pytest.raises(CheckpointError, match=r"ema\.safetensors missing, or no regular file"):
+        read_checkpoint(folder)
+
+
 def test_a_flipped_bit_of_a_checkpoints_step_is_found(tmp_path, trained):
     folder = save(tmp_path, 3, *trained)
     text = (folder / "state.json").read_text()
@@ -386,3 +403,6 @@ def test_headers_are_tarfiles_own():
     for key, ending in ((b"x" * 101, b""), (b"x" * 97, b".cls")):
         with pytest.raises(ValueError, match=f"{(key + ending).decode()}: a tar's name has room for 100"):
             header_of(key, sum(key), ending, 1)
+    for key in (b"", b"a\0b"):
+        with pytest.raises(ValueError, match="is no name"):
+            header_of(key, sum(key), b".cls", 1)

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from raecli.store.checkpoint import (
     EMA,
     MODEL,
     OPTIMIZER,
+    load_optimizer,
     load_weights,
     newest_checkpoint,
     read_checkpoint,
@@ -22,6 +24,8 @@ from raecli.store.checkpoint import (
 from raecli.store.checksum import checksums
 from raecli.store.statistics import LatentStatistics
 from raecli.store.tensors import DTYPES, places_for, read_header, write_tensors
+from raecli.training.beginning import resumed_from
+from raecli.training.distributed import Ranks
 from raecli.training.ema import Ema
 
 
@@ -70,6 +74,7 @@ REFUSED = {
     "a shape of another size": {"a": entry(shape=(5,))},
     "a negative shape": {"a": entry(shape=(-2, -2))},
     "a place before the data": {"a": entry(-8, 16, (6,))},
+    "a shape of more than memory counts": {"a": entry(), "b": entry(16, 16, (1 << 40, 1 << 40, 0))},
     "half an element": {"a": entry(0, 14, (3.5,))},
     "a place that is no number": {"a": entry(0.0, 16.0)},
     "a shape of truths": {"a": entry(0, 4, (True,)), "b": entry(4, 16, (3,))},
@@ -112,7 +117,7 @@ class Run:
         self.ema = Ema(self.model, 0.5)
 
     def into(self):
-        return {MODEL: self.model.state_dict(keep_vars=True), EMA: self.ema.state()}
+        return {MODEL: self.model.state_dict(keep_vars=True), EMA: self.ema.averages}
 
     def save(self, step):
         return save_checkpoint(
@@ -188,9 +193,39 @@ def test_a_model_of_other_shapes_or_names_is_refused_not_overrun(tmp_path):
     before = {name: value.clone() for name, value in wide.state_dict().items()}
     checkpoint = read_checkpoint(folder, {MODEL: wide.state_dict(keep_vars=True)})
     assert checkpoint.model["0.weight"].shape == (30, 40)
-    with pytest.raises(RuntimeError, match="size mismatch"):
+    with pytest.raises(CheckpointError, match="size mismatch"):
         load_weights(wide, checkpoint.model)
     assert all(torch.equal(wide.state_dict()[name], value) for name, value in before.items() if value.dim())
+
+
+def test_averages_and_optimisers_of_another_model_are_refused(tmp_path):
+    checkpoint = read_checkpoint(Run(tmp_path, 0).save(1))
+    wide = nn.Sequential(nn.Linear(40, 31), nn.BatchNorm1d(31))
+    with pytest.raises(CheckpointError, match=r"averages of another model.*0\.weight"):
+        Ema(wide, 0.5).load(checkpoint.ema)
+    optimizer = torch.optim.AdamW(wide.parameters())
+    with pytest.raises(CheckpointError, match="a is of no parameter"):
+        load_optimizer(wide, optimizer, checkpoint.optimizer)
+
+
+def test_averages_are_not_read_to_the_models_own_buffers(tmp_path):
+    run = Run(tmp_path, 0)
+    folder = run.save(1)
+    buffers = {name: value.clone() for name, value in run.model.named_buffers()}
+    other = {name: value + 5 for name, value in load_file(folder / EMA).items()}  # as no run of ours writes it
+    write_tensors(other, tmp_path / "other")
+    tensors, places = places_for(tmp_path / "other", run.into()[EMA])
+    checksums(tmp_path, ["other"], lambda name: places)
+    assert all(torch.equal(value, buffers[name]) for name, value in run.model.named_buffers()) and len(buffers) == 3
+    assert all(torch.equal(tensors[name], other[name]) for name in other)
+
+
+def test_a_checkpoint_that_tells_no_latents_is_refused(tmp_path):
+    run = Run(tmp_path, 0)
+    run.save(1)
+    recipe = SimpleNamespace(output=str(tmp_path))
+    with pytest.raises(CheckpointError, match="does not tell which latents"):
+        resumed_from(recipe, {}, 10, Ranks(0, 1, torch.device("cpu")), run.model, run.ema)
 
 
 def test_damage_of_the_header_is_told_as_damage_of_the_checkpoint(tmp_path):
