@@ -108,7 +108,7 @@ def test_images_that_may_not_be_read_are_named_and_never_left_out(rae, place):
     (place / "images" / "class1" / "image3.png").chmod(0)
     told = rae(*ENCODE, "../images", "latents", code=3).stderr
     assert "class1/image3.png: not a readable file: Permission denied" in told
-    assert "1 images skipped" in rae(*ENCODE, "../images", "kept", "--on-bad-image", "skip", code=0).stdout
+    assert "1 image skipped" in rae(*ENCODE, "../images", "kept", "--on-bad-image", "skip", code=0).stdout
     (place / "images" / "class1").chmod(0)  # its 8 images would be missing without a word
     told = rae(*ENCODE, "../images", "other", "--on-bad-image", "skip", code=3).stderr
     assert "../images/class1: this folder cannot be read: Permission denied" in told
@@ -147,7 +147,7 @@ def test_a_recipe_in_a_folder_that_may_not_be_entered(rae, place):
 @pytest.mark.skipif(not USER, reason="root alone can be a user without a home")
 def test_without_a_home_everything_works_that_needs_none(rae, place):
     """Neither $HOME nor a line in passwd: a container's `--user 54321`."""
-    assert "24 samples in 1 shards" in rae(*ENCODE, "../images", "latents", code=0).stdout
+    assert "24 samples in 1 shard," in rae(*ENCODE, "../images", "latents", code=0).stdout
     assert "VGG16 (LPIPS)" in rae("doctor", code=0).stdout
     assert "bring vgg16-397923af.pth" in rae("train-decoder", "decoder_xl_dinov2b", "cache=../cache", code=2).stderr
     asked = ("eval", "fid", "../images", "--ref", "../images")
