@@ -64,5 +64,5 @@ Open $run/picture.png: real digits, their reconstructions, and generated ones.
 To go on:  source ${RAE_VENV:-.venv}/bin/activate
            rae inspect $run              # what was made
            rae report $run/diffusion     # one page about a run
-           rae --help                            # your own images: docs/own_data.md
+           rae --help                           # your own images: docs/own_data.md
 END
