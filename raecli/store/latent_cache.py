@@ -43,6 +43,7 @@ class LatentCache:
         self.labels = labels  # int64 [N]
         self.keys = keys
         self.layout = ShardLayout(manifest.latent_shape, manifest.dtype, VIEWS[manifest.views])
+        self.begins = np.array([self.layout.latent_offset(0, view) for view in range(len(self.layout.views))])
         self.starts = np.cumsum([0, *(shard.samples for shard in manifest.shards)])
         self.maps: dict[int, Mapped] = {}
         self.all_there = False  # whether the last batch that was read ahead was in memory
@@ -105,9 +106,8 @@ class LatentCache:
                 held[shard].dequantise(sample, view, own[row])
             return
         size = self.layout.latent_bytes
-        begins = np.array([self.layout.latent_offset(0, view) for view in range(len(self.layout.views))])
         source = np.array([held[shard].address for shard in places.shards.tolist()], np.int64)
-        source += begins[places.views] + places.samples * self.layout.sample_bytes
+        source += self.begins[places.views] + places.samples * self.layout.sample_bytes
         copy_memory(rows.data_ptr() + numbers * size, source, np.full(len(numbers), size))
 
     def read_ahead(self, indices: Sequence[int], flipped: Sequence[bool] | None = None) -> None:

@@ -1,7 +1,6 @@
 """safetensors files: written with a full disk told as what it is, and read to where their tensors belong."""
 
 import hashlib
-import itertools
 import json
 import math
 from collections.abc import Mapping
@@ -105,16 +104,17 @@ def read_header(path: Path) -> dict[str, tuple[torch.dtype, tuple[int, ...], int
         for name, entry in entries.items()
     ]
     told.sort()
-    ends = [8 + length, *(end for _, end, *_ in told)]
-    for before, (begin, end, name, dtype, shape) in zip(ends, told, strict=False):
+    before = 8 + length
+    for begin, end, name, dtype, shape in told:
         if any(type(extent) is not int or extent < 0 for extent in (begin, end, *shape)):
             raise ValueError(f"{path}: {name} has a shape or a place of no whole numbers")
         if math.prod(max(extent, 1) for extent in shape) >= 1 << 60:  # torch counts so even where one of them is 0
             raise ValueError(f"{path}: {name} has a shape that no tensor can have")
         if begin != before or end - begin != math.prod(shape) * dtype.itemsize:
             raise ValueError(f"{path}: {name} does not lie where it should")
-    if ends[-1] != size:
-        raise ValueError(f"{path}: {size} bytes, of which its tensors take {ends[-1]}")
+        before = end
+    if before != size:
+        raise ValueError(f"{path}: {size} bytes, of which header and tensors take {before}")
     return {name: (dtype, shape, begin, end) for begin, end, name, dtype, shape in told}
 
 
@@ -133,10 +133,9 @@ def places_for(path: Path, into: Mapping[str, Tensor], *, mapped: bool = False) 
         whole_file = load_file(path)
         return tensors | {name: whole_file[name] for name in others}, sorted_places(places)
     rooms = [-(-(end - begin) // ALIGNMENT) * ALIGNMENT for _, _, begin, end in others.values()]
-    memory = torch.from_numpy(fresh_memory(sum(rooms)))
-    starts = itertools.accumulate(rooms, initial=0)
-    for (name, (dtype, shape, begin, end)), start in zip(others.items(), starts, strict=False):
-        tensors[name] = memory[start : start + end - begin].view(dtype).view(shape)
+    parts = torch.from_numpy(fresh_memory(sum(rooms))).split(rooms) if rooms else ()
+    for (name, (dtype, shape, begin, end)), part in zip(others.items(), parts, strict=True):
+        tensors[name] = part[: end - begin].view(dtype).view(shape)
         places.append((begin, end, tensors[name].data_ptr()))
     return tensors, sorted_places(places)
 

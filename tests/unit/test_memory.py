@@ -43,7 +43,11 @@ def test_bytes_arrive_from_any_address_at_any_address(way, most):
 
 
 def test_nothing_is_copied_where_nothing_is_asked_for(way):
+    memory = np.arange(64, dtype=np.uint8)
+    before = memory.copy()
     copy_memory(*np.empty((3, 0), np.int64))
+    copy_memory(*np.array([(memory.ctypes.data, memory.ctypes.data + 32, 0)]).T)
+    np.testing.assert_array_equal(memory, before)
 
 
 def test_tensors_of_all_kinds_are_filled(way):
