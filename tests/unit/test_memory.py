@@ -150,3 +150,7 @@ def test_a_part_is_asked_about_while_all_is_in_memory_and_all_when_something_is_
         counts.append(len(asked) - before)
     few, whole = -(-len(batch) // PROBE), len(batch)
     assert counts == [whole, few, few + whole, whole, whole, few]
+    opened.remote = object()  # shards that are not here yet have to be sent for
+    before = len(asked)
+    opened.read_ahead(batch)
+    assert len(asked) - before == whole

@@ -221,6 +221,14 @@ def test_averages_are_not_read_to_the_models_own_buffers(tmp_path):
     assert all(torch.equal(other.weights()[name], value) for name, value in wanted.items())
     assert all(torch.equal(average, wanted[name] + 5) for name, average in other.ema.averages.items())
     assert checkpoint.model["0.weight"] is other.model[0].weight
+    assert "checkpoints/step-" not in Path("/proc/self/maps").read_text()  # on a CPU
+
+
+def test_a_model_of_another_dtype_is_not_read_to(tmp_path):
+    folder, half = Run(tmp_path, 0).save(1), Run(tmp_path, 1).model.half()
+    before = half[0].weight.clone()
+    checkpoint = read_checkpoint(folder, {MODEL: half.state_dict(keep_vars=True)})
+    assert checkpoint.model["0.weight"].dtype == torch.float32 and torch.equal(half[0].weight, before)
 
 
 def test_a_checkpoint_that_tells_no_latents_is_refused(tmp_path):
